@@ -1,0 +1,23 @@
+"""Functional Flax (Linen) models. They know nothing of compression."""
+
+from .cnn import CNN as CNN
+from .gpt import GPT as GPT
+from .llama import (
+    Cache as Cache,
+    init_cache as init_cache,
+    Llama as Llama,
+    LLAMA_1B as LLAMA_1B,
+    LLAMA_7B as LLAMA_7B,
+    LlamaConfig as LlamaConfig,
+    rotate as rotate,
+    stack_layers as stack_layers,
+    STORIES260K as STORIES260K,
+    unstack_layers as unstack_layers,
+)
+from .mlp import MLP as MLP
+from .mobilenet import (
+    LAYOUT_224 as LAYOUT_224,
+    LAYOUT_SMALL as LAYOUT_SMALL,
+    MobileNet as MobileNet,
+)
+from .resnet import params_from_torch as params_from_torch, ResNet as ResNet

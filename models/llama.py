@@ -1,0 +1,316 @@
+"""LLaMA: RMS norm, rotary positions, grouped-query attention, SwiGLU, no biases.
+
+The layers are a Python loop, or one scan over stacked parameters that compiles
+in the time of a single layer. Both give the same numbers, and both accept a
+key/value cache, which is a value that goes in and comes out.
+
+Source: Touvron et al. 2023, arXiv:2302.13971; grouped queries: Ainslie et al.
+2023, arXiv:2305.13245; rotary positions: Su et al. 2021, arXiv:2104.09864.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+_INIT = nn.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The sizes of a LLaMA.
+
+    Attributes:
+        hidden: width of each SwiGLU.
+        n_kv_heads: key and value heads; each serves n_heads / n_kv_heads query
+            heads. None is one for each query head.
+        rope: which two of a head's dims turn together. "adjacent": 2i and 2i + 1
+            (Meta's and llama2.c's weights). "half": i and i + head_dim / 2 (Hugging
+            Face's).
+        tied: the output layer is the transpose of the embedding.
+    """
+
+    vocab_size: int
+    d_model: int
+    hidden: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int | None = None
+    rope: Literal["adjacent", "half"] = "adjacent"
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tied: bool = False
+
+    def __post_init__(self):
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(
+                f"A head's width d_model / n_heads must be a whole, even number, got "
+                f"{self.d_model} / {self.n_heads}. Change n_heads or d_model."
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"n_kv_heads must divide n_heads, got {self.kv_heads} and "
+                f"{self.n_heads}. Choose a divisor of {self.n_heads}."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.n_kv_heads or self.n_heads
+
+
+LLAMA_7B = LlamaConfig(
+    vocab_size=32_000, d_model=4096, hidden=11_008, n_layers=32, n_heads=32
+)
+# The sizes of Llama 3.2 1B with LLaMA's vocabulary: 1.1 billion parameters.
+LLAMA_1B = LlamaConfig(
+    vocab_size=32_000,
+    d_model=2048,
+    hidden=8192,
+    n_layers=16,
+    n_heads=32,
+    n_kv_heads=8,
+    rope="half",
+    rope_theta=500_000.0,
+)
+STORIES260K = LlamaConfig(
+    vocab_size=512,
+    d_model=64,
+    hidden=172,
+    n_layers=5,
+    n_heads=8,
+    n_kv_heads=4,
+    tied=True,
+)
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far, for every layer."""
+
+    k: Float[Array, "layers b length kv_heads head_dim"]
+    v: Float[Array, "layers b length kv_heads head_dim"]
+    used: Int[Array, ""]  # tokens seen so far; at most `length`
+
+
+def init_cache(
+    config: LlamaConfig, batch: int, length: int, dtype: DTypeLike = jnp.float32
+) -> Cache:
+    """An empty cache with room for `length` tokens."""
+    shape = (config.n_layers, batch, length, config.kv_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0))
+
+
+def rotate(
+    x: Float[Array, "b s heads head_dim"],
+    positions: Int[Array, " s"],
+    *,
+    theta: float = 10_000.0,
+    pairs: Literal["adjacent", "half"] = "adjacent",
+) -> Float[Array, "b s heads head_dim"]:
+    """Turns pair i of every head by `position * theta ** (-2i / head_dim)` radians.
+
+    Law: the dot product of two rotated vectors depends on the difference of their
+    positions only.
+
+    Source: Su et al. 2021, arXiv:2104.09864, equation 15.
+    """
+    half = x.shape[-1] // 2
+    # float32: bfloat16 rounds position 257 to 256.
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
+    axis = -1 if pairs == "adjacent" else -2
+    shape = (half, 2) if pairs == "adjacent" else (2, half)
+    cos = jnp.expand_dims(jnp.cos(angles)[None, :, None, :], axis)
+    sin = jnp.expand_dims(jnp.sin(angles)[None, :, None, :], axis)
+    pair = x.astype(jnp.float32).reshape(*x.shape[:-1], *shape)
+    a, b = jnp.split(pair, 2, axis=axis)
+    pair = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=axis)
+    return pair.reshape(x.shape).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention."""
+
+    config: LlamaConfig
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        positions: Int[Array, " s"],
+        cache: Cache | None = None,
+        layer: int | Int[Array, ""] = 0,
+    ) -> tuple[Float[Array, "b s d"], Cache | None]:
+        """Attends to `x` itself or, with a cache, to all the tokens in it."""
+        c = self.config
+        b, s, d = x.shape
+        q = self._dense(c.n_heads * c.head_dim, "q")(x)
+        k = self._dense(c.kv_heads * c.head_dim, "k")(x)
+        v = self._dense(c.kv_heads * c.head_dim, "v")(x)
+        q = q.reshape(b, s, c.n_heads, c.head_dim)
+        k = k.reshape(b, s, c.kv_heads, c.head_dim)
+        v = v.reshape(b, s, c.kv_heads, c.head_dim)
+        q = rotate(q, positions, theta=c.rope_theta, pairs=c.rope)
+        k = rotate(k, positions, theta=c.rope_theta, pairs=c.rope)
+
+        key_positions = positions
+        if cache is not None:
+            cache, k, v = _append(cache, k, v, layer)
+            key_positions = jnp.arange(k.shape[1])
+        # Consecutive query heads share a key/value head.
+        q = q.reshape(b, s, c.kv_heads, c.n_heads // c.kv_heads, c.head_dim)
+        # float32: the softmax of long rows loses its tail in half precision.
+        scores = jnp.einsum(
+            "bqkgd,btkd->bkgqt", q, k, preferred_element_type=jnp.float32
+        )
+        # Also hides the part of the cache that is not yet written.
+        causal = positions[:, None] >= key_positions[None, :]
+        scores = jnp.where(causal[None, None, None], scores * c.head_dim**-0.5, -1e30)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        y = jnp.einsum("bkgqt,btkd->bqkgd", weights, v)
+        y = self._dense(d, "o")(y.reshape(b, s, c.n_heads * c.head_dim))
+        return y, cache
+
+    def _dense(self, features: int, name: str) -> nn.Dense:
+        return nn.Dense(
+            features,
+            use_bias=False,
+            kernel_init=_INIT,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + swiglu(norm(x))."""
+
+    config: LlamaConfig
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[Float[Array, "b s d"], Cache | None],
+        positions: Int[Array, " s"],
+        layer: int | Int[Array, ""],
+    ) -> tuple[tuple[Float[Array, "b s d"], Cache | None], None]:
+        """One layer in the form `nn.scan` wants: carry in, (carry, None) out."""
+        c = self.config
+        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dense = {"use_bias": False, "kernel_init": _INIT, **kinds}
+        x, cache = carry
+        y = nn.RMSNorm(epsilon=c.norm_eps, name="attn_norm", **kinds)(x)
+        y, cache = Attention(c, name="attn", **kinds)(y, positions, cache, layer)
+        x = x + y
+        y = nn.RMSNorm(epsilon=c.norm_eps, name="mlp_norm", **kinds)(x)
+        gate = nn.Dense(c.hidden, name="gate", **dense)(y)
+        up = nn.Dense(c.hidden, name="up", **dense)(y)
+        x = x + nn.Dense(c.d_model, name="down", **dense)(jax.nn.silu(gate) * up)
+        return (x, cache), None
+
+
+class Llama(nn.Module):
+    """A LLaMA language model.
+
+    Attributes:
+        scan: one scan over stacked layers ("layers", leading dim n_layers) in place
+            of a Python loop ("layer_0", "layer_1" ...). `stack_layers` and
+            `unstack_layers` turn the parameters of one into those of the other.
+        remat: recompute each layer in the backward pass rather than keep its
+            activations.
+        dtype: of the computation; None follows the parameters.
+    """
+
+    config: LlamaConfig
+    scan: bool = False
+    remat: bool = False
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "b s"], cache: Cache | None = None) -> Any:
+        """Logits (b, s, vocab_size) of the token that follows each position.
+
+        With a cache, `tokens` continue what the cache has seen, and the result is
+        (logits, cache).
+        """
+        c = self.config
+        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        embed = nn.Embed(
+            c.vocab_size, c.d_model, embedding_init=_INIT, name="embed", **kinds
+        )
+        x = embed(tokens)
+        positions = jnp.arange(tokens.shape[1])
+        if cache is not None:
+            positions = cache.used + positions
+        # Inside a scan the compiler cannot undo the recomputation anyway.
+        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+        carry = (x, cache)
+        if self.scan:
+            layers = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, 0),
+                length=c.n_layers,
+            )(c, name="layers", **kinds)
+            carry, _ = layers(carry, positions, jnp.arange(c.n_layers))
+        else:
+            for i in range(c.n_layers):
+                carry, _ = block(c, name=f"layer_{i}", **kinds)(carry, positions, i)
+        x, cache = carry
+        x = nn.RMSNorm(epsilon=c.norm_eps, name="norm", **kinds)(x)
+        if c.tied:
+            logits = embed.attend(x)
+        else:
+            logits = nn.Dense(
+                c.vocab_size, use_bias=False, kernel_init=_INIT, name="head", **kinds
+            )(x)
+        if cache is None:
+            return logits
+        return logits, cache._replace(used=cache.used + tokens.shape[1])
+
+
+def stack_layers(variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables of `Llama(scan=True)` from those of `Llama(scan=False)`."""
+    params = dict(variables["params"])
+    n_layers = sum(name.startswith("layer_") for name in params)
+    layers = [params.pop(f"layer_{i}") for i in range(n_layers)]
+    params["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return {**variables, "params": params}
+
+
+def unstack_layers(variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables of `Llama(scan=False)` from those of `Llama(scan=True)`."""
+    params = dict(variables["params"])
+    layers = params.pop("layers")
+    for i in range(jax.tree.leaves(layers)[0].shape[0]):
+        params[f"layer_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
+    return {**variables, "params": params}
+
+
+def _append(
+    cache: Cache,
+    k: Float[Array, "b s kv_heads head_dim"],
+    v: Float[Array, "b s kv_heads head_dim"],
+    layer: int | Int[Array, ""],
+) -> tuple[Cache, Array, Array]:
+    """Writes one layer's new keys and values; also returns that layer's whole."""
+    at = (layer, 0, cache.used, 0, 0)
+    ks = jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), at)
+    vs = jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), at)
+    k = jax.lax.dynamic_index_in_dim(ks, layer, keepdims=False)
+    v = jax.lax.dynamic_index_in_dim(vs, layer, keepdims=False)
+    return cache._replace(k=ks, v=vs), k, v
