@@ -1,0 +1,58 @@
+# `make` lists what there is. Everything runs in .venv, made on first use.
+
+PYTHON ?= python3
+VENV ?= .venv
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+pytest := $(bin)/python -m pytest -n 2 --dist worksteal
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-fast test-latest check clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-12s %s\n", $$1, $$2 }'
+
+install: $(VENV)/.dev ## the library and all that tests and checks need
+
+demo: $(VENV)/.base ## train a model on handwritten digits, compress it, show what it costs
+	$(bin)/python scripts/compress.py --output runs/demo
+
+test: $(VENV)/.dev ## every test
+	$(pytest)
+
+test-fast: $(VENV)/.dev ## the tests of under ten seconds each
+	$(pytest) -m "not slow"
+
+test-latest: ## the fast tests on the newest JAX, where a Python >= 3.12 is found
+	@python=$$(PYTHON_LATEST="$(PYTHON_LATEST)" .ci/find-python "$(PYTHON)") || exit $$?; \
+	if [ -z "$$python" ]; then \
+		echo "test-latest: not run, no working Python >= 3.12 here; name one with PYTHON=."; \
+	else \
+		$(MAKE) --no-print-directory VENV=.venv-latest PYTHON="$$python" test-fast; \
+	fi
+
+check: $(VENV)/.dev ## lint, format, types and import layers
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/pyrefly check --python-interpreter-path $(bin)/python
+	PYTHONPATH=. $(bin)/lint-imports --no-cache --no-logo
+
+clean: ## removes the virtual environments, the caches and the runs
+	rm -rf .venv .venv-latest runs build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is made last, so an interrupted installation starts again. hatchling comes
+# from constraints.txt as well, hence no build isolation.
+$(VENV)/.base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "jaxeff needs Python >= 3.11; name one with PYTHON=."; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "$(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv."; exit 2; }
+	$(pip) hatchling editables
+	$(pip) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(pip) --no-build-isolation -e ".[dev]"
+	@touch $@

@@ -1,0 +1,66 @@
+"""What every test shares: 8 virtual devices, strict shapes, keys and real data."""
+
+import os
+import zlib
+from pathlib import Path
+
+import hypothesis
+import jax
+import jax.random as jr
+import pytest
+
+# Before any backend starts. Sharding can then be tested on any machine.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The first call of every example compiles, so a deadline would only measure XLA.
+hypothesis.settings.register_profile(
+    "ci", max_examples=20, deadline=None, derandomize=True, database=None
+)
+hypothesis.settings.register_profile("thorough", max_examples=1000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config):
+    # Eight devices exist on the CPU only; a GPU is for the tests that ask for it.
+    if "JAX_PLATFORMS" not in os.environ and config.option.markexpr != "gpu":
+        jax.config.update("jax_platforms", "cpu")
+
+
+def pytest_report_header():
+    return (
+        f"jax {jax.__version__}, {jax.device_count()} {jax.default_backend()} devices"
+    )
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU, and `pytest -m gpu` to see it")
+
+
+@pytest.fixture
+def getkey(request):
+    """`getkey()` is a fresh random key at each call, the same in every run."""
+    key = jr.key(zlib.crc32(request.node.nodeid.encode()))
+
+    def getkey():
+        nonlocal key
+        key, new = jr.split(key)
+        return new
+
+    return getkey
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    """`data_dir(name)` is the folder of a real data set; without it the test skips."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    root = Path(os.environ.get("JAXEFF_DATA", beside))
+
+    def data_dir(name: str) -> Path:
+        folder = root / name
+        if not folder.is_dir():
+            pytest.skip(f"no real data in {folder}; JAXEFF_DATA names another folder")
+        return folder
+
+    return data_dir
