@@ -38,9 +38,7 @@ class Attention(nn.Module):
             for name in "qkv"
         )
         # float32: the softmax of long rows loses its tail in half precision.
-        scores = jnp.einsum(
-            "bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32
-        )
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
         row = jnp.arange(s)
         causal = row[None, None, :, None] >= row[None, None, None, :]
         scores = jnp.where(causal, scores * head_dim**-0.5, -1e30)
