@@ -18,7 +18,8 @@ hypothesis.settings.register_profile(
     "ci", max_examples=20, deadline=None, derandomize=True, database=None
 )
 hypothesis.settings.register_profile("thorough", max_examples=1000, deadline=None)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
+hypothesis.settings.load_profile(PROFILE)
 
 
 def pytest_configure(config):
@@ -28,9 +29,7 @@ def pytest_configure(config):
 
 
 def pytest_report_header():
-    return (
-        f"jax {jax.__version__}, {jax.device_count()} {jax.default_backend()} devices"
-    )
+    return f"jax {jax.__version__}, hypothesis profile {PROFILE}"
 
 
 def pytest_runtest_setup(item):
