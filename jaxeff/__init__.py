@@ -1,0 +1,1 @@
+"""jaxeff: JAX models, cheaper to train and cheaper to run."""

@@ -1,0 +1,52 @@
+"""A function traced on given operands, ready to be run again by an interpreter."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxeff import tree
+from .interpret import Interpreter
+from .leaf import is_leaf, shapes
+
+
+class Call:
+    """The trace of `fn(params, *args, **kwargs)` on dense shapes.
+
+    What is neither an array nor a compressed weight (a flag, a function) is a
+    constant of the trace, as it would be for `fn` itself.
+
+    Attributes:
+        inputs: the arrays and leaves among the operands, in JAX's order.
+        weights: for each input its path in `params`, or None for data.
+        jaxpr: the program on `inputs`, each as its dense shape.
+    """
+
+    def __init__(self, fn: Callable, params: Any, args: Sequence, kwargs: dict):
+        operands = (params, tuple(args), dict(kwargs))
+        values, treedef = jax.tree.flatten(operands, is_leaf=is_leaf)
+        names = list(tree.paths(params, is_leaf))
+        names += [None] * (len(values) - len(names))
+        dynamic = [i for i, x in enumerate(values) if is_leaf(x) or tree.is_array(x)]
+
+        def traced(*xs):
+            filled = list(values)
+            for i, x in zip(dynamic, xs, strict=True):
+                filled[i] = x
+            params, args, kwargs = jax.tree.unflatten(treedef, filled)
+            return fn(params, *args, **kwargs)
+
+        self.inputs = [values[i] for i in dynamic]
+        self.weights = [names[i] for i in dynamic]
+        make = jax.make_jaxpr(traced, return_shape=True)
+        self.jaxpr, out = make(*map(shapes, self.inputs))
+        self._out = jax.tree.structure(out)
+
+    def run(self, rule: Interpreter, inputs: Sequence[Any] | None = None) -> Any:
+        """The result of `fn`, as `rule` runs it on `inputs` (by default its own)."""
+        outs = rule.run(self.jaxpr, self.inputs if inputs is None else inputs)
+        return self.unflatten([rule.plain(y) for y in outs])
+
+    def unflatten(self, outs: Sequence[Any]) -> Any:
+        """The outputs of the program in the shape in which `fn` returns them."""
+        return jax.tree.unflatten(self._out, outs)

@@ -1,0 +1,460 @@
+"""The one interpreter: runs a traced program again, equation by equation.
+
+A technique subclasses `Interpreter` and says what happens at an equation;
+everything else is run as it stood. Primitives that hold a program of their
+own (`jit`, `scan`, `while`, `cond`, `remat`, `custom_jvp_call`,
+`custom_vjp_call`, `shard_map`) are opened and rebuilt around the result, so a
+rule written for `dot_general` also acts inside a scanned, rematerialised block.
+
+An equation's place in a program is its *where*: the indices that lead to it,
+`(3, 0, 7)`. One body called twice has two wheres, so nothing is ever kept per
+variable of a shared body.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+
+Where = tuple[int | str, ...]
+
+
+class Body(NamedTuple):
+    """A program held by an equation, and what of the equation flows into it."""
+
+    jaxpr: ClosedJaxpr
+    kind: str  # "call", "scan", "while", "cond" or "shard_map"
+    where: Where
+    operands: Sequence[int]  # for each input, which operand of the equation it is
+    times: int | None  # how often it runs; None: unknown (while)
+    stacked: tuple[int, ...] = ()  # inputs that arrive sliced along dim 0
+
+
+def closed(jaxpr: ClosedJaxpr | Jaxpr) -> ClosedJaxpr:
+    """The program with its constants; some primitives hold it bare."""
+    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
+
+
+def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried."""
+    if "ft_in" in eqn.params:  # from JAX 0.11
+        groups = eqn.params["ft_in"].update(list(eqn.invars)).unpack()
+        consts, carry, _ = (list(g.vals) for g in groups)
+        return len(consts), len(carry)
+    return eqn.params["num_consts"], eqn.params["num_carry"]
+
+
+CALLS = {
+    "jit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
+
+
+def bodies(eqn: JaxprEqn, where: Where = ()) -> list[Body]:
+    """The programs an equation holds that run when it does; none for most."""
+    name, params, every = eqn.primitive.name, eqn.params, range(len(eqn.invars))
+    if name in CALLS:
+        jaxpr = closed(params[CALLS[name]])
+        return [Body(jaxpr, "call", (*where, 0), every, 1)]
+    if name == "scan":
+        consts, carry = scan_counts(eqn)
+        stacked = tuple(every[consts + carry :])
+        jaxpr = closed(params["jaxpr"])
+        return [Body(jaxpr, "scan", (*where, 0), every, params["length"], stacked)]
+    if name == "while":
+        n, m = params["cond_nconsts"], params["body_nconsts"]
+        carry = every[n + m :]
+        test, body = closed(params["cond_jaxpr"]), closed(params["body_jaxpr"])
+        return [
+            Body(test, "while", (*where, 0), [*every[:n], *carry], None),
+            Body(body, "while", (*where, 1), [*every[n : n + m], *carry], None),
+        ]
+    if name == "cond":
+        return [
+            Body(closed(branch), "cond", (*where, i), every[1:], 1)
+            for i, branch in enumerate(params["branches"])
+        ]
+    if name == "shard_map":
+        return [Body(closed(params["jaxpr"]), "shard_map", (*where, 0), every, 1)]
+    return []
+
+
+def equations(
+    jaxpr: ClosedJaxpr, where: Where = (), times: int | None = 1
+) -> Iterator[tuple[Where, JaxprEqn, int | None]]:
+    """Every equation, bodies entered, with its place and how often it runs.
+
+    `None` stands for an unknown number of times: somewhere inside a `while`.
+    """
+    for i, eqn in enumerate(jaxpr.jaxpr.eqns):
+        here = (*where, i)
+        yield here, eqn, times
+        for body in bodies(eqn, here):
+            known = times is not None and body.times is not None
+            inner = times * body.times if known else None
+            yield from equations(body.jaxpr, body.where, inner)
+
+
+def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    """Runs one equation as it stands on new operands."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    with eqn.ctx.manager:
+        out = eqn.primitive.bind(*args, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _shape(v: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
+
+
+def _is_inexact(v: Any) -> bool:
+    return jnp.issubdtype(v.aval.dtype, jnp.inexact)
+
+
+@functools.lru_cache(maxsize=256)
+def _jvp_program(eqn: JaxprEqn) -> ClosedJaxpr:
+    """(operands, tangents of the inexact ones) -> (outputs, tangents) as a program."""
+    floats = [i for i, v in enumerate(eqn.invars) if _is_inexact(v)]
+    outs = [i for i, v in enumerate(eqn.outvars) if _is_inexact(v)]
+
+    def jvp(primals, tangents):
+        def run(*inexact):
+            full = list(primals)
+            for i, x in zip(floats, inexact, strict=True):
+                full[i] = x
+            return bind(eqn, full)
+
+        primals_out, tangents_out = jax.jvp(run, [primals[i] for i in floats], tangents)
+        return primals_out, [tangents_out[i] for i in outs]
+
+    shapes = [_shape(v) for v in eqn.invars]
+    return jax.make_jaxpr(jvp)(shapes, [shapes[i] for i in floats])
+
+
+@functools.lru_cache(maxsize=256)
+def _vjp_program(eqn: JaxprEqn) -> ClosedJaxpr:
+    """(operands, cotangents of inexact outputs) -> cotangents of inexact operands."""
+    floats = [i for i, v in enumerate(eqn.invars) if _is_inexact(v)]
+    outs = [i for i, v in enumerate(eqn.outvars) if _is_inexact(v)]
+
+    def vjp(primals, cotangents):
+        def run(*inexact):
+            full = list(primals)
+            for i, x in zip(floats, inexact, strict=True):
+                full[i] = x
+            out = bind(eqn, full)
+            return [out[i] for i in outs]
+
+        return jax.vjp(run, *(primals[i] for i in floats))[1](cotangents)
+
+    shapes = [_shape(v) for v in eqn.invars]
+    return jax.make_jaxpr(vjp)(shapes, [_shape(eqn.outvars[i]) for i in outs])
+
+
+class Interpreter:
+    """Runs a program again; subclasses change what happens on the way.
+
+    Values may be anything a subclass's own rules understand; before an
+    ordinary equation sees them, `plain` makes them arrays. A value that enters
+    a `scan` or `cond` must be a pytree.
+
+    Law: `Interpreter().run(jaxpr, args)` equals the function that was traced,
+    under `jit`, `grad` and `vmap`, bit for bit.
+    """
+
+    def __init__(self) -> None:
+        # What `emit` collects in the body being run, by name.
+        self._emitted: dict[str, Any] = {}
+
+    # What a technique overrides.
+
+    def equation(
+        self, eqn: JaxprEqn, args: list[Any], where: Where
+    ) -> Sequence[Any] | None:
+        """The outputs of an equation, or None to run it as it stands."""
+        return None
+
+    def plain(self, x: Any) -> Any:
+        """The array that stands for `x` where an ordinary primitive needs one."""
+        return x
+
+    def opens(self, eqn: JaxprEqn, args: list[Any]) -> bool:
+        """Whether to open an equation that holds a program; else it runs whole."""
+        return True
+
+    def keeps_types(self) -> bool:
+        """Whether operands arrive with the shapes and dtypes they were traced with.
+
+        Then a `custom_jvp` or `custom_vjp` function runs whole, with its own rule.
+        Otherwise it is rebuilt, and its rule is re-run in the same way.
+        """
+        return True
+
+    # What a technique calls.
+
+    def emit(self, name: str, value: Any) -> None:
+        """Hands a value out beside the outputs, from however deep inside.
+
+        From inside a `scan` it arrives stacked along a new dim 0; from a branch
+        of a `cond` that was not taken it arrives as zeros.
+        """
+        self._emitted[name] = value
+
+    def run(self, jaxpr: ClosedJaxpr, args: Sequence[Any], where: Where = ()) -> list:
+        """Runs a program on `args`, one for each of its inputs."""
+        env: dict[Var, Any] = {}
+        read = lambda v: v.val if isinstance(v, Literal) else env[v]
+        env.update(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
+        env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
+        last_use = _last_uses(jaxpr.jaxpr)
+        for i, eqn in enumerate(jaxpr.jaxpr.eqns):
+            outs = self._step(eqn, [read(v) for v in eqn.invars], (*where, i))
+            env.update(zip(eqn.outvars, outs, strict=True))
+            for v in last_use[i]:
+                env.pop(v, None)
+        return [read(v) for v in jaxpr.jaxpr.outvars]
+
+    def collect(
+        self, jaxpr: ClosedJaxpr, args: Sequence[Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """The outputs of a program, and what was emitted on the way."""
+        return self._collecting(lambda *xs: self.run(jaxpr, xs))(*args)
+
+    def _step(self, eqn: JaxprEqn, args: list[Any], where: Where) -> Sequence[Any]:
+        outs = self.equation(eqn, args, where)
+        if outs is not None:
+            return outs
+        rebuild = _REBUILD.get(eqn.primitive.name)
+        if rebuild is not None and self.opens(eqn, args):
+            return rebuild(self, eqn, args, where)
+        return bind(eqn, [self.plain(x) for x in args])
+
+    def _collecting(self, fn: Callable) -> Callable:
+        """`fn` with what it emits as a second output."""
+
+        def run(*args):
+            outer, self._emitted = self._emitted, {}
+            try:
+                return fn(*args), self._emitted
+            finally:
+                self._emitted = outer
+
+        return run
+
+    # How each primitive that holds a program is rebuilt.
+
+    def _call(self, eqn, args, where):
+        body = bodies(eqn, where)[0]
+        return self.run(body.jaxpr, args, body.where)
+
+    def _remat(self, eqn, args, where):
+        body = bodies(eqn, where)[0]
+        run = self._collecting(lambda *xs: self.run(body.jaxpr, xs, body.where))
+        params = {k: eqn.params[k] for k in ("policy", "prevent_cse")}
+        outs, emitted = jax.checkpoint(run, **params)(*args)
+        self._emitted.update(emitted)
+        return outs
+
+    def _scan(self, eqn, args, where):
+        body = bodies(eqn, where)[0]
+        n, m = scan_counts(eqn)
+        consts = args[:n]
+        carry, xs = [self.plain(x) for x in args[n : n + m]], args[n + m :]
+
+        def step(carry, xs):
+            run = self._collecting(
+                lambda *a: [self.plain(y) for y in self.run(body.jaxpr, a, body.where)]
+            )
+            outs, emitted = run(*consts, *carry, *xs)
+            return self.carried(outs[:m], carry), (outs[m:], emitted)
+
+        params = {k: eqn.params[k] for k in ("length", "reverse", "unroll")}
+        carry = self.initial(lambda c: jax.eval_shape(step, c, _first(xs))[0], carry)
+        carry, (ys, emitted) = jax.lax.scan(step, carry, xs, **params)
+        self._emitted.update(emitted)
+        return [*carry, *ys]
+
+    def _while(self, eqn, args, where):
+        test, body = bodies(eqn, where)
+        n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        test_consts, consts = args[:n], args[n : n + m]
+        carry = [self.plain(x) for x in args[n + m :]]
+
+        def go_on(carry):
+            run = self._collecting(lambda: self.run(test.jaxpr, [*test_consts, *carry]))
+            return self.plain(run()[0][0])
+
+        def step(carry):
+            # What is emitted here has no place to go: the number of turns is
+            # unknown, so there is no array to stack it in.
+            run = self._collecting(
+                lambda: self.run(body.jaxpr, [*consts, *carry], body.where)
+            )
+            return self.carried([self.plain(y) for y in run()[0]], carry)
+
+        carry = self.initial(lambda c: jax.eval_shape(step, c), carry)
+        return jax.lax.while_loop(go_on, step, carry)
+
+    def carried(self, new: list[Any], old: list[Any]) -> list[Any]:
+        """A loop's carry after a turn, made to fit the carry before it."""
+        return new
+
+    def initial(self, turn: Callable, carry: list[Any]) -> list[Any]:
+        """A loop's first carry, made to fit what a turn of the loop makes of it."""
+        return carry
+
+    def _cond(self, eqn, args, where):
+        index, operands = self.plain(args[0]), args[1:]
+
+        def branch(body):
+            def run(*xs):
+                return [self.plain(y) for y in self.run(body.jaxpr, xs, body.where)]
+
+            return self._collecting(run)
+
+        branches = [branch(body) for body in bodies(eqn, where)]
+        shapes = [jax.eval_shape(b, *operands) for b in branches]
+        every = {k: s for _, emitted in shapes for k, s in emitted.items()}
+        types = [_common_type(ys) for ys in zip(*(outs for outs, _ in shapes))]
+
+        def same_outputs(b):
+            def run(*xs):
+                outs, emitted = b(*xs)
+                missing = {k: s for k, s in every.items() if k not in emitted}
+                zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), missing)
+                outs = [_as_type(y, t) for y, t in zip(outs, types, strict=True)]
+                return outs, {**emitted, **zeros}
+
+            return run
+
+        outs, emitted = jax.lax.switch(
+            index, [same_outputs(b) for b in branches], *operands
+        )
+        self._emitted.update(emitted)
+        return outs
+
+    def _shard_map(self, eqn, args, where):
+        body = bodies(eqn, where)[0]
+        names = ("mesh", "in_specs", "out_specs", "check_vma")
+        params = {k: eqn.params[k] for k in names}
+        params["axis_names"] = set(eqn.params["manual_axes"])
+
+        def run(*xs):
+            # Each device would emit its own; there is no spec to say how they join.
+            inner = self._collecting(lambda: self.run(body.jaxpr, xs, body.where))
+            return tuple(self.plain(y) for y in inner()[0])
+
+        params["in_specs"] = tuple(params["in_specs"])
+        params["out_specs"] = tuple(params["out_specs"])
+        plain = [self.plain(x) for x in args]
+        return list(jax.shard_map(run, **params)(*plain))
+
+    def _custom_jvp(self, eqn, args, where):
+        args = [self.plain(x) for x in args]
+        if self.keeps_types():
+            return bind(eqn, args)
+        body = bodies(eqn, where)[0]
+        inexact = [_is_inexact(v) for v in eqn.invars]
+        fn = jax.custom_jvp(lambda *xs: tuple(self.run(body.jaxpr, xs, body.where)))
+
+        @fn.defjvp
+        def jvp(primals, tangents):
+            rule = _jvp_program(eqn)
+            tangents = [t for t, f in zip(tangents, inexact, strict=True) if f]
+            outs = self.run(rule, [*primals, *tangents], (*where, "jvp"))
+            outs, given = outs[: len(eqn.outvars)], iter(outs[len(eqn.outvars) :])
+            tangents = [
+                next(given) if _is_inexact(v) else np.zeros(y.shape, jax.dtypes.float0)
+                for v, y in zip(eqn.outvars, outs, strict=True)
+            ]
+            tangents = [
+                _as_type(t, y.dtype) if _is_inexact(v) else t
+                for v, t, y in zip(eqn.outvars, tangents, outs, strict=True)
+            ]
+            return tuple(outs), tuple(tangents)
+
+        return list(fn(*args))
+
+    def _custom_vjp(self, eqn, args, where):
+        args = [self.plain(x) for x in args]
+        if self.keeps_types():
+            return bind(eqn, args)
+        body = bodies(eqn, where)[0]
+        fn = jax.custom_vjp(lambda *xs: tuple(self.run(body.jaxpr, xs, body.where)))
+
+        def forward(*xs):
+            return fn(*xs), xs
+
+        def backward(xs, cotangents):
+            # The rule is re-run from the operands: its residuals are its own.
+            given = [
+                c
+                for v, c in zip(eqn.outvars, cotangents, strict=True)
+                if _is_inexact(v)
+            ]
+            outs = iter(self.run(_vjp_program(eqn), [*xs, *given], (*where, "vjp")))
+            return tuple(
+                _as_type(next(outs), x.dtype) if _is_inexact(v) else None
+                for v, x in zip(eqn.invars, xs, strict=True)
+            )
+
+        fn.defvjp(forward, backward)
+        return list(fn(*args))
+
+
+def _first(xs: list[Any]) -> list[Any]:
+    """The shapes of one slice along dim 0."""
+    cut = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    return jax.tree.map(cut, xs)
+
+
+def _common_type(xs: Sequence[Any]) -> Any:
+    same = all(x.dtype == xs[0].dtype for x in xs)  # keys have no common type
+    return xs[0].dtype if same else jnp.result_type(*xs)
+
+
+def _as_type(x: Any, dtype: Any) -> Any:
+    return x if x.dtype == dtype else jax.lax.convert_element_type(x, dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def _last_uses(jaxpr: Jaxpr) -> list[list[Var]]:
+    """For each equation the variables no later one reads, so memory can go."""
+    seen = {v for v in jaxpr.outvars if isinstance(v, Var)}
+    out: list[list[Var]] = []
+    for eqn in reversed(jaxpr.eqns):
+        here = {v for v in eqn.invars if isinstance(v, Var)} - seen
+        seen |= here
+        out.append(list(here))
+    return out[::-1]
+
+
+_REBUILD = {
+    "jit": Interpreter._call,
+    "closed_call": Interpreter._call,
+    "core_call": Interpreter._call,
+    "remat2": Interpreter._remat,
+    "checkpoint": Interpreter._remat,
+    "custom_jvp_call": Interpreter._custom_jvp,
+    "custom_vjp_call": Interpreter._custom_vjp,
+    "custom_vjp_call_jaxpr": Interpreter._custom_vjp,
+    "scan": Interpreter._scan,
+    "while": Interpreter._while,
+    "cond": Interpreter._cond,
+    "shard_map": Interpreter._shard_map,
+}
+
+
+def rebuilt(name: str) -> bool:
+    """Whether a primitive of that name is opened and rebuilt."""
+    return name in _REBUILD

@@ -1,0 +1,248 @@
+"""A compressed weight: a small pytree that stands where an array stood.
+
+A `Leaf` knows the shape and dtype of the array it stands for, can produce it
+(`dense()`), and multiplies without producing it. What it does not know how to
+do it declines (`NotImplemented`), and `lift` falls back to `dense()`.
+
+Under `scan` and `vmap` JAX slices the arrays of a leaf along a leading dim,
+so nothing static in a leaf may count dims from the front.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import JaxprEqn
+from jaxtyping import Array, Bool, PyTree
+
+
+class DotDims(NamedTuple):
+    """How a `dot_general` of `x` with a weight pairs their dims."""
+
+    x_contract: tuple[int, ...]
+    w_contract: tuple[int, ...]
+    x_batch: tuple[int, ...] = ()
+    w_batch: tuple[int, ...] = ()
+
+    def x_free(self, ndim: int) -> tuple[int, ...]:
+        """The dims of `x` that reach the output, in order."""
+        return _rest(ndim, self.x_contract + self.x_batch)
+
+    def w_free(self, ndim: int) -> tuple[int, ...]:
+        """The dims of the weight that reach the output, in order."""
+        return _rest(ndim, self.w_contract + self.w_batch)
+
+
+def _rest(ndim: int, used: Sequence[int]) -> tuple[int, ...]:
+    return tuple(d for d in range(ndim) if d not in used)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dot:
+    """One `dot_general` with a weight, to be carried out on other arrays.
+
+    The output's dims are: batch, then the left operand's free dims, then the
+    right one's. `weight_first` says which side the weight stood on.
+    """
+
+    dims: DotDims
+    weight_first: bool
+    params: dict[str, Any]  # precision, preferred_element_type
+
+    def __call__(
+        self, x: Array, w: Array, dims: DotDims | None = None, **params: Any
+    ) -> Array:
+        """`x` times `w`, with the weight on the side where it stood."""
+        d = self.dims if dims is None else dims
+        params = {**self.params, **params}
+        if self.weight_first:
+            numbers = ((d.w_contract, d.x_contract), (d.w_batch, d.x_batch))
+            return jax.lax.dot_general(w, x, numbers, **params)
+        numbers = ((d.x_contract, d.w_contract), (d.x_batch, d.w_batch))
+        return jax.lax.dot_general(x, w, numbers, **params)
+
+    def output_dims(self, x_ndim: int, w_ndim: int) -> dict[str, tuple[int, ...]]:
+        """Where the dims of the output come from: `batch`, `x` and `w`."""
+        n = len(self.dims.x_batch)
+        n_x, n_w = len(self.dims.x_free(x_ndim)), len(self.dims.w_free(w_ndim))
+        first, second = ("w", "x") if self.weight_first else ("x", "w")
+        m = n_w if self.weight_first else n_x
+        return {
+            "batch": tuple(range(n)),
+            first: tuple(range(n, n + m)),
+            second: tuple(range(n + m, n + n_x + n_w)),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """One convolution with a weight as its kernel, to be run on other arrays."""
+
+    params: dict[str, Any]  # of `conv_general_dilated`
+
+    @property
+    def in_dim(self) -> int:
+        """The kernel's dim of input channels (per group)."""
+        return self.params["dimension_numbers"].rhs_spec[1]
+
+    @property
+    def out_dim(self) -> int:
+        """The kernel's dim of output channels."""
+        return self.params["dimension_numbers"].rhs_spec[0]
+
+    @property
+    def spatial_dims(self) -> tuple[int, ...]:
+        """The kernel's dims of space."""
+        return tuple(self.params["dimension_numbers"].rhs_spec[2:])
+
+    @property
+    def x_channel_dim(self) -> int:
+        """The input's dim of channels."""
+        return self.params["dimension_numbers"].lhs_spec[1]
+
+    @property
+    def x_batch_dim(self) -> int:
+        """The input's dim of examples."""
+        return self.params["dimension_numbers"].lhs_spec[0]
+
+    @property
+    def output_batch_dim(self) -> int:
+        """The output's dim of examples."""
+        return self.params["dimension_numbers"].out_spec[0]
+
+    @property
+    def output_channel_dim(self) -> int:
+        """The output's dim of channels."""
+        return self.params["dimension_numbers"].out_spec[1]
+
+    def __call__(self, x: Array, w: Array, **params: Any) -> Array:
+        """The same convolution of `x` with the kernel `w`."""
+        return jax.lax.conv_general_dilated_p.bind(x, w, **{**self.params, **params})
+
+
+def dot_of(eqn: JaxprEqn, weight: int) -> Dot:
+    """The product of an equation, seen from the operand that is a weight."""
+    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
+    dims = (
+        DotDims(tuple(lc), tuple(rc), tuple(lb), tuple(rb))
+        if weight == 1
+        else DotDims(tuple(rc), tuple(lc), tuple(rb), tuple(lb))
+    )
+    keys = ("precision", "preferred_element_type")
+    return Dot(dims, weight == 0, {k: eqn.params[k] for k in keys})
+
+
+def lookup_dim(eqn: JaxprEqn) -> int | None:
+    """The dim along which a gather looks whole rows up, if that is what it does."""
+    numbers = eqn.params["dimension_numbers"]
+    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    collapsed = tuple(numbers.collapsed_slice_dims)
+    if len(collapsed) != 1 or tuple(numbers.start_index_map) != collapsed:
+        return None
+    if numbers.operand_batching_dims:
+        return None
+    rest = [d for d in range(len(shape)) if d != collapsed[0]]
+    return collapsed[0] if all(sizes[d] == shape[d] for d in rest) else None
+
+
+class Leaf(abc.ABC):
+    """A compressed weight. Subclasses are made with `jaxeff.tree.pytree`.
+
+    Laws: `dense()` has `shape` and `dtype`; every operation below, where it is
+    not declined, equals the same operation on `dense()` up to the rounding that
+    the leaf's own format documents.
+    """
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array it stands for."""
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> Any:
+        """Dtype of the array it stands for."""
+
+    @abc.abstractmethod
+    def dense(self) -> Array:
+        """The array it stands for."""
+
+    @property
+    def ndim(self) -> int:
+        """Number of dims of the array it stands for."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the array it stands for."""
+        return int(np.prod(self.shape))
+
+    def astype(self, dtype: Any) -> Any:
+        """The same weight in another floating-point dtype."""
+        return NotImplemented
+
+    def transpose(self, permutation: tuple[int, ...]) -> Any:
+        """The same weight with its dims in another order."""
+        return NotImplemented
+
+    def reshape(self, shape: tuple[int, ...]) -> Any:
+        """The same weight with dims split or merged."""
+        return NotImplemented
+
+    def dot(self, x: Array, dot: Dot) -> Any:
+        """`dot(x, self.dense())`."""
+        return NotImplemented
+
+    def conv(self, x: Array, conv: Conv) -> Any:
+        """`conv(x, self.dense())`."""
+        return NotImplemented
+
+    def take(self, gather: Callable[[Array], Array], dim: int) -> Any:
+        """Looks rows up along `dim`; `gather` does so on an array of equal rank.
+
+        `gather` accepts an array whose `dim` is as long as the leaf's and whose
+        other dims have any length; its other dims come out after the indices'.
+        """
+        return NotImplemented
+
+    def keep(self, dim: int, mask: Bool[np.ndarray, " n"]) -> Any:
+        """The weight without the indices of `dim` where `mask` is False."""
+        return NotImplemented
+
+
+def is_leaf(x: Any) -> bool:
+    """Whether `x` is a compressed weight: for `jax.tree.map(..., is_leaf=is_leaf)`."""
+    return isinstance(x, Leaf)
+
+
+def dense(tree: PyTree) -> PyTree:
+    """The tree with every compressed weight as the array it stands for."""
+    return jax.tree.map(lambda x: x.dense() if is_leaf(x) else x, tree, is_leaf=is_leaf)
+
+
+def shapes(tree: PyTree) -> PyTree:
+    """The tree with every weight, compressed or not, as its dense shape and dtype.
+
+    What is not an array stays.
+    """
+
+    def shape(x):
+        if hasattr(x, "shape") and hasattr(x, "dtype"):
+            dtype = x.dtype
+            weak = getattr(x, "weak_type", False) if not is_leaf(x) else False
+            return jax.ShapeDtypeStruct(tuple(x.shape), dtype, weak_type=weak)
+        return x
+
+    return jax.tree.map(shape, tree, is_leaf=is_leaf)
+
+
+def dense_size(tree: PyTree) -> int:
+    """Number of weights the tree stands for, compressed or not."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_leaf)
+    return sum(
+        int(np.prod(jnp.shape(x) if not is_leaf(x) else x.shape)) for x in leaves
+    )

@@ -1,0 +1,184 @@
+"""Runs a function on compressed weights, each multiplied in its own way.
+
+`lift(fn)` traces `fn` on the dense shapes of its weights and runs the trace
+again with the leaves in place: `dot_general`, convolution and look-up on a
+leaf are the leaf's own; views of a weight (transpose, reshape, cast) stay
+leaves; any other operation gets `dense()`. `lift_report` tells which was which.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import JaxprEqn
+
+from .call import Call
+from .interpret import bind, Interpreter, rebuilt, Where
+from .leaf import Conv, dot_of, is_leaf, lookup_dim
+from .sites import follow, weight_origins
+from .source import source_line
+
+
+@dataclasses.dataclass(frozen=True)
+class Lifted:
+    """A function that accepts compressed weights; see `lift`."""
+
+    fn: Callable
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
+        """`fn` on the weights the leaves stand for."""
+        operands = jax.tree.leaves((params, args, kwargs), is_leaf=is_leaf)
+        if not any(map(is_leaf, operands)):
+            return self.fn(params, *args, **kwargs)
+        return Call(self.fn, params, args, kwargs).run(_Lift())
+
+
+def lift(fn: Callable) -> Callable:
+    """Makes `fn(params, *args)` accept compressed weights among its parameters.
+
+    Laws: without a leaf in `params` it *is* `fn`; with leaves it equals `fn` on
+    `dense(params)` up to the rounding of the leaves' own formats. It can be
+    jitted, differentiated, vmapped, and lifted again, which changes nothing.
+    """
+    return fn if isinstance(fn, Lifted) else Lifted(fn)
+
+
+def unlift(fn: Callable) -> Callable:
+    """The function inside a lifted one; any other function as it is."""
+    return fn.fn if isinstance(fn, Lifted) else fn
+
+
+@dataclasses.dataclass(frozen=True)
+class LiftEntry:
+    """What became of one use of a compressed weight."""
+
+    path: str
+    primitive: str
+    native: bool  # False: ran on `dense()`
+    source: str
+
+
+def lift_report(
+    fn: Callable, params: Any, *args: Any, **kwargs: Any
+) -> list[LiftEntry]:
+    """How each use of each leaf runs: natively, or on its dense array.
+
+    Nothing is computed; `args` may be shapes.
+    """
+    call = Call(unlift(fn), params, args, kwargs)
+    rule = _Lift()
+    jax.eval_shape(lambda xs: call.run(rule, xs), call.inputs)
+    compressed = [
+        path if is_leaf(x) else None
+        for path, x in zip(call.weights, call.inputs, strict=True)
+    ]
+    entries: dict[LiftEntry, None] = {}
+
+    def visit(where, eqn, origins, times):
+        if where in rule.ran:
+            for origin in filter(None, origins):
+                native = rule.ran[where]
+                name = eqn.primitive.name
+                entries[LiftEntry(origin.path, name, native, source_line(eqn))] = None
+
+    follow(call.jaxpr, weight_origins(call.jaxpr, compressed), visit)
+    return list(entries)
+
+
+class _Lift(Interpreter):
+    """Hands operations on a leaf to the leaf."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: dict[Where, bool] = {}  # whether the leaf did it natively
+
+    def plain(self, x: Any) -> Any:
+        return x.dense() if is_leaf(x) else x
+
+    def opens(self, eqn: JaxprEqn, args: list[Any]) -> bool:
+        return any(map(is_leaf, args))
+
+    def equation(self, eqn: JaxprEqn, args: list[Any], where: Where) -> list | None:
+        if not any(map(is_leaf, args)) or rebuilt(eqn.primitive.name):
+            return None
+        rule = _RULES.get(eqn.primitive.name)
+        out = NotImplemented if rule is None else rule(eqn, args)
+        if is_leaf(out):  # a view of the same weight: nothing has run yet
+            return [out]
+        self.ran[where] = out is not NotImplemented
+        return [out] if self.ran[where] else bind(eqn, [self.plain(x) for x in args])
+
+
+def _convert(eqn: JaxprEqn, args: list[Any]) -> Any:
+    return args[0].astype(eqn.params["new_dtype"])
+
+
+def _transpose(eqn: JaxprEqn, args: list[Any]) -> Any:
+    return args[0].transpose(tuple(eqn.params["permutation"]))
+
+
+def _reshape(eqn: JaxprEqn, args: list[Any]) -> Any:
+    if eqn.params.get("dimensions") is not None or len(args) != 1:
+        return NotImplemented
+    return args[0].reshape(tuple(eqn.outvars[0].aval.shape))
+
+
+def _broadcast(eqn: JaxprEqn, args: list[Any]) -> Any:
+    # Only new dims of size 1, which is a reshape.
+    x, shape = args[0], tuple(eqn.params["shape"])
+    dims = eqn.params["broadcast_dimensions"]
+    same = [shape[d] for d in dims] == list(x.shape) and list(dims) == sorted(dims)
+    ones = all(n == 1 for d, n in enumerate(shape) if d not in dims)
+    return x.reshape(shape) if same and ones else NotImplemented
+
+
+def _identity(eqn: JaxprEqn, args: list[Any]) -> Any:
+    return args[0]
+
+
+def _dot(eqn: JaxprEqn, args: list[Any]) -> Any:
+    if is_leaf(args[1]):
+        x = args[0].dense() if is_leaf(args[0]) else args[0]
+        return args[1].dot(x, dot_of(eqn, 1))
+    return args[0].dot(args[1], dot_of(eqn, 0))
+
+
+def _conv(eqn: JaxprEqn, args: list[Any]) -> Any:
+    if is_leaf(args[0]):  # a weight that is convolved is no kernel
+        return NotImplemented
+    return args[1].conv(args[0], Conv(dict(eqn.params)))
+
+
+def _gather(eqn: JaxprEqn, args: list[Any]) -> Any:
+    x, indices = args
+    dim = lookup_dim(eqn)
+    if dim is None or not is_leaf(x):
+        return NotImplemented
+
+    def gather(array):
+        sizes = tuple(1 if d == dim else n for d, n in enumerate(array.shape))
+        params = {**eqn.params, "slice_sizes": sizes}
+        if not np.issubdtype(array.dtype, np.inexact):
+            params["fill_value"] = None  # it was chosen for the weight's dtype
+        return jax.lax.gather_p.bind(array, indices, **params)
+
+    return x.take(gather, dim)
+
+
+_RULES: dict[str, Callable[[JaxprEqn, list[Any]], Any]] = {
+    "convert_element_type": _convert,
+    "transpose": _transpose,
+    "reshape": _reshape,
+    "squeeze": _reshape,
+    "expand_dims": _reshape,
+    "broadcast_in_dim": _broadcast,
+    "copy": _identity,
+    "copy_p": _identity,
+    "stop_gradient": _identity,
+    "optimization_barrier": _identity,
+    "dot_general": _dot,
+    "conv_general_dilated": _conv,
+    "gather": _gather,
+}
