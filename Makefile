@@ -29,6 +29,7 @@ test-latest: ## the fast tests on the newest JAX, where a Python >= 3.12 is foun
 	if [ -z "$$python" ]; then \
 		echo "test-latest: not run, no working Python >= 3.12 here; name one with PYTHON=."; \
 	else \
+		echo "test-latest: $$python"; \
 		$(MAKE) --no-print-directory VENV=.venv-latest PYTHON="$$python" test-fast; \
 	fi
 
