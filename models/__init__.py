@@ -1,6 +1,7 @@
 """Functional Flax (Linen) models. They know nothing of compression."""
 
 from .cnn import CNN as CNN
+from .decode import greedy as greedy, greedy_cached as greedy_cached
 from .gpt import GPT as GPT
 from .llama import (
     Cache as Cache,
@@ -20,4 +21,10 @@ from .mobilenet import (
     LAYOUT_SMALL as LAYOUT_SMALL,
     MobileNet as MobileNet,
 )
+from .pretrained import (
+    load_resnet20 as load_resnet20,
+    load_stories260k as load_stories260k,
+)
+from .registry import build as build, MODEL_NAMES as MODEL_NAMES
 from .resnet import params_from_torch as params_from_torch, ResNet as ResNet
+from .tokenizer import BOS as BOS, EOS as EOS, Tokenizer as Tokenizer

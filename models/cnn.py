@@ -6,8 +6,8 @@ own, which makes it the simplest convolutional model to compress.
 
 from collections.abc import Sequence
 
-from flax import linen as nn
 import jax
+from flax import linen as nn
 from jaxtyping import Array, Float
 
 

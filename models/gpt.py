@@ -7,9 +7,11 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask
 Learners" (GPT-2).
 """
 
-from flax import linen as nn
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jaxtyping import Array, DTypeLike, Float, Int
 
 _INIT = nn.initializers.normal(0.02)
@@ -64,7 +66,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         """One pre-norm block."""
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         y = nn.LayerNorm(name="attn_norm", **kinds)(x)
         x = x + Attention(self.n_heads, name="attn", **kinds)(y)
         y = nn.LayerNorm(name="mlp_norm", **kinds)(x)
@@ -109,7 +111,7 @@ class GPT(nn.Module):
                 f"n_heads must divide d_model, got {self.n_heads} heads for "
                 f"{self.d_model}. Choose a divisor of {self.d_model}."
             )
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         embed = nn.Embed(
             self.vocab_size,
             self.d_model,

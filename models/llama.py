@@ -11,9 +11,9 @@ Source: Touvron et al. 2023, arXiv:2302.13971; grouped queries: Ainslie et al.
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jaxtyping import Array, DTypeLike, Float, Int
 
 _INIT = nn.initializers.normal(0.02)
@@ -209,7 +209,7 @@ class Block(nn.Module):
         """One layer in the form `nn.scan` wants: carry in, (carry, None) out."""
         c = self.config
         kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        dense = {"use_bias": False, "kernel_init": _INIT, **kinds}
+        dense: dict[str, Any] = {"use_bias": False, "kernel_init": _INIT, **kinds}
         x, cache = carry
         y = nn.RMSNorm(epsilon=c.norm_eps, name="attn_norm", **kinds)(x)
         y, cache = Attention(c, name="attn", **kinds)(y, positions, cache, layer)
@@ -244,9 +244,14 @@ class Llama(nn.Module):
         """Logits (b, s, vocab_size) of the token that follows each position.
 
         With a cache, `tokens` continue what the cache has seen, and the result is
-        (logits, cache).
+        (logits, cache). Where the cache has no room for them, the logits are NaN.
         """
         c = self.config
+        if cache is not None and tokens.shape[1] > cache.k.shape[2]:
+            raise ValueError(
+                f"The cache must hold all {tokens.shape[1]} tokens of a call, got room "
+                f"for {cache.k.shape[2]}. Call init_cache with a larger length."
+            )
         kinds: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         embed = nn.Embed(
             c.vocab_size, c.d_model, embedding_init=_INIT, name="embed", **kinds
@@ -280,7 +285,9 @@ class Llama(nn.Module):
             )(x)
         if cache is None:
             return logits
-        return logits, cache._replace(used=cache.used + tokens.shape[1])
+        cache = cache._replace(used=cache.used + tokens.shape[1])
+        # A full cache would overwrite its last tokens: better no answer than that.
+        return jnp.where(cache.used <= cache.k.shape[2], logits, jnp.nan), cache
 
 
 def stack_layers(variables: dict[str, Any]) -> dict[str, Any]:

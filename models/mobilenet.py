@@ -8,8 +8,8 @@ Source: Howard et al. 2017, arXiv:1704.04861, table 1.
 
 from collections.abc import Sequence
 
-from flax import linen as nn
 import jax
+from flax import linen as nn
 from jaxtyping import Array, Float
 
 # (channels, stride) of the first, full convolution and of each separable block.

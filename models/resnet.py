@@ -7,12 +7,14 @@ Source: He et al. 2015, arXiv:1512.03385, section 4.2 (shortcut "option A").
 """
 
 from collections.abc import Mapping
+from typing import Any
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float
 
 # One pixel on each side, as PyTorch's `padding=1`. With stride 2 that is not
 # "SAME", which would put all of its padding at the bottom and right.
@@ -70,7 +72,7 @@ class ResNet(nn.Module):
 
 def params_from_torch(
     tensors: Mapping[str, np.ndarray], *, depth: int = 20
-) -> dict[str, dict]:
+) -> dict[str, Any]:
     """The variables of `ResNet(depth)` from a PyTorch state dict.
 
     Args:
@@ -91,55 +93,55 @@ def params_from_torch(
             f"{unknown[:3]}). Give the state dict of a CIFAR ResNet of that depth, "
             f"or its `depth`."
         )
-    width, channels = tensors["conv1.weight"].shape[:2]
-    model = ResNet(depth, width, classes=tensors["linear.weight"].shape[0])
-    image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
-    expected = jax.eval_shape(model.init, jax.random.key(0), image)
+    stem, head = tensors["conv1.weight"].shape, tensors["linear.weight"].shape
+    if len(stem) != 4 or len(head) != 2:
+        raise ValueError(
+            f"conv1.weight has 4 dims (out, in, height, width) and linear.weight 2 "
+            f"(out, in), got shapes {stem} and {head}. Give the tensors unchanged."
+        )
+    model = ResNet(depth, width=stem[0], classes=head[0])
+    image = jax.ShapeDtypeStruct((1, 32, 32, stem[1]), jnp.float32)
+    shapes: dict[tuple[str, ...], Any] = flatten_dict(
+        jax.eval_shape(model.init, jax.random.key(0), image)
+    )
 
-    variables: dict[str, dict] = {}
+    variables = {}
     for name, path in names.items():
         value = np.asarray(tensors[name])
         if value.ndim == 4:
             value = value.transpose(2, 3, 1, 0)  # OIHW -> HWIO
         elif value.ndim == 2:
             value = value.T  # (out, in) -> (in, out)
-        want, at = expected, variables
-        for key in path[:-1]:
-            want, at = want[key], at.setdefault(key, {})
-        want = want[path[-1]]
+        want = shapes[path]
         if value.shape != want.shape:
             raise ValueError(
                 f"{name} must give {'/'.join(path)} of shape {want.shape}, got "
                 f"{value.shape}. Give the tensors of one network, unchanged."
             )
-        at[path[-1]] = jnp.asarray(value, want.dtype)
-    return variables
+        variables[path] = jnp.asarray(value, want.dtype)
+    return unflatten_dict(variables)
 
 
 def _torch_names(depth: int) -> dict[str, tuple[str, ...]]:
     """PyTorch's name of each tensor -> its path in the Linen variables."""
-    names = {
+    names: dict[str, tuple[str, ...]] = {
         "linear.weight": ("params", "head", "kernel"),
         "linear.bias": ("params", "head", "bias"),
     }
-
-    def conv_and_norm(torch_module: str, linen_module: tuple[str, ...], i: int):
-        at = (*linen_module, f"norm{i}")
-        names[f"{torch_module}conv{i}.weight"] = (
-            *("params", *linen_module, f"conv{i}", "kernel"),
-        )
-        names[f"{torch_module}bn{i}.weight"] = ("params", *at, "scale")
-        names[f"{torch_module}bn{i}.bias"] = ("params", *at, "bias")
-        names[f"{torch_module}bn{i}.running_mean"] = ("batch_stats", *at, "mean")
-        names[f"{torch_module}bn{i}.running_var"] = ("batch_stats", *at, "var")
-
-    conv_and_norm("", (), 1)
+    # (prefix in PyTorch, modules in Linen, number) of each convolution and its norm.
+    layers: list[tuple[str, tuple[str, ...], int]] = [("", (), 1)]
     for stage in (1, 2, 3):
         for block in range(_blocks_per_stage(depth)):
             for i in (1, 2):
-                conv_and_norm(
-                    f"layer{stage}.{block}.", (f"stage{stage}_block{block}",), i
-                )
+                at = (f"stage{stage}_block{block}",)
+                layers.append((f"layer{stage}.{block}.", at, i))
+    for prefix, at, i in layers:
+        norm = (*at, f"norm{i}")
+        names[f"{prefix}conv{i}.weight"] = ("params", *at, f"conv{i}", "kernel")
+        names[f"{prefix}bn{i}.weight"] = ("params", *norm, "scale")
+        names[f"{prefix}bn{i}.bias"] = ("params", *norm, "bias")
+        names[f"{prefix}bn{i}.running_mean"] = ("batch_stats", *norm, "mean")
+        names[f"{prefix}bn{i}.running_var"] = ("batch_stats", *norm, "var")
     return names
 
 
