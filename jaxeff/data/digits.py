@@ -29,7 +29,7 @@ def digits(
     Every fifth image, counted class by class, is a test image: each class is
     split 4 : 1 to within one image, in every version of every library.
     """
-    with (files(__package__) / "digits.npz").open("rb") as file, np.load(file) as npz:
+    with (files("jaxeff.data") / "digits.npz").open("rb") as file, np.load(file) as npz:
         images, labels = npz["images"][..., None], npz["labels"]
     test = np.zeros(len(labels), bool)
     test[np.argsort(labels, kind="stable")[::5]] = True

@@ -1,0 +1,19 @@
+"""Whole runs: the jitted step, the loop, checkpoints that resume, metrics, progress."""
+
+from .checkpoint import (
+    Checkpoints as Checkpoints,
+    load_meta as load_meta,
+    load_params as load_params,
+    save_params as save_params,
+)
+from .evaluate import accuracy as accuracy
+from .loop import fit as fit, NonFiniteLoss as NonFiniteLoss
+from .metrics import Metrics as Metrics, read_metrics as read_metrics
+from .progress import Progress as Progress
+from .step import (
+    all_finite as all_finite,
+    Aux as Aux,
+    init_state as init_state,
+    make_train_step as make_train_step,
+    TrainState as TrainState,
+)

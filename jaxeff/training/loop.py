@@ -1,0 +1,170 @@
+"""The training loop: steps, and beside them metrics, evaluation and checkpoints.
+
+The host runs a little ahead of the devices: it reads the metrics of a step only
+when later steps are already queued, so the devices never wait for it. It reads the
+loss of every step, so it knows exactly where a run went wrong.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from .checkpoint import Checkpoints
+from .metrics import Metrics
+from .progress import Progress
+from .step import all_finite, TrainState
+
+LAG = 2  # steps that may be queued while the host reads the metrics of an older one
+# Dynamic loss scaling halves its scale at each skipped step. From 2^16 it comes to
+# nothing in half as many steps, and then scaling is not what is wrong.
+MOST_SKIPPED = 50
+
+
+class NonFiniteLoss(ValueError):
+    """A run was stopped because its loss or its weights are not finite.
+
+    Attributes:
+        step: the first step that showed it, counted from 1.
+    """
+
+    def __init__(self, what: str, step: int, checkpoint: Checkpoints | None):
+        self.step = step
+        last = None if checkpoint is None else checkpoint.latest()
+        kept = (
+            "No checkpoint was kept."
+            if checkpoint is None or last is None
+            else f"The last good checkpoint is step {last} in {checkpoint.folder}."
+        )
+        super().__init__(
+            f"training must stay finite, but {what} at step {step}, so it stopped. "
+            f"{kept} Lower the learning rate, warm it up, or clip the gradients."
+        )
+
+
+def fit(
+    step: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, Any]]],
+    state: TrainState,
+    batches: Iterable[Any],
+    *,
+    steps: int,
+    log_every: int = 50,
+    metrics: Metrics | None = None,
+    progress: bool = True,
+    checkpoint: Checkpoints | None = None,
+    checkpoint_every: int | None = None,
+    eval_fn: Callable[[PyTree], Mapping[str, float]] | None = None,
+    eval_every: int | None = None,
+) -> TrainState:
+    """Trains until `steps` steps were taken in all, from wherever `state` is.
+
+    To resume: restore the state, and give batches that start at its step.
+
+    Args:
+        step: from `make_train_step`; it donates the state it is given.
+        state: the first state. Use the returned one afterwards.
+        batches: one per step, from step `state.step` on.
+        steps: how many steps the whole run has, with those taken before.
+        log_every: steps between two lines of metrics.
+        metrics: where the lines go.
+        progress: show a bar, or plain lines where stdout is no terminal.
+        checkpoint: where the state is saved, in the background, at the end and
+            every `checkpoint_every` steps.
+        checkpoint_every: steps between two checkpoints.
+        eval_fn: `eval_fn(params) -> metrics`, called at the end and every
+            `eval_every` steps.
+        eval_every: steps between two evaluations.
+
+    Raises:
+        NonFiniteLoss: the loss, or a weight about to be saved, is inf or nan. The
+            checkpoints are those from before. (A step that loss scaling skipped
+            may have any loss; 50 of them in a row may not.)
+        ValueError: the batches end too early, the run is already past `steps`, or
+            the folder holds checkpoints of a later step.
+    """
+    first = int(state.step)
+    if first > steps:
+        raise ValueError(
+            f"the run is at step {first}, past the {steps} steps asked for. "
+            "Ask for more steps, or start from an earlier checkpoint."
+        )
+    if checkpoint is not None:
+        checkpoint.check_newer(first + 1)
+    due = lambda n, every: n == steps or (every is not None and n % every == 0)
+    stream = iter(batches)
+    queued: deque[tuple[int, int, Mapping[str, Any]]] = deque()
+    with Progress(steps, start_step=first, enabled=progress) as shown:
+        log = _Log(shown, metrics, checkpoint, log_every, steps)
+        for n in range(first + 1, steps + 1):
+            try:
+                batch = next(stream)
+            except StopIteration:
+                raise ValueError(
+                    f"a run of {steps} steps from step {first} takes "
+                    f"{steps - first} batches, but they ended after {n - 1 - first}. "
+                    "Give more batches, or ask for fewer steps."
+                ) from None
+            state, values = step(state, batch)
+            for value in values.values():
+                value.copy_to_host_async()
+            queued.append((n, jax.tree.leaves(batch)[0].shape[0], values))
+            save_to = checkpoint if due(n, checkpoint_every) else None
+            evaluate = eval_fn if due(n, eval_every) else None
+            pause = save_to is not None or evaluate is not None or n == steps
+            # A state is saved only when every loss up to it is known to be finite.
+            while len(queued) > (0 if pause else LAG):
+                log.step(*queued.popleft())
+            with shown.pause():
+                if save_to is not None:
+                    # A finite loss may have had an infinite gradient.
+                    if not _finite(state.params):
+                        raise NonFiniteLoss("a weight is not finite", n, checkpoint)
+                    save_to.save(state)
+                if evaluate is not None:
+                    log.evaluation(n, evaluate(state.params))
+    if checkpoint is not None:
+        checkpoint.wait()
+    return state
+
+
+_finite = jax.jit(all_finite)
+
+
+class _Log:
+    """Reads the metrics of finished steps, judges the loss, and passes them on."""
+
+    def __init__(
+        self,
+        shown: Progress,
+        metrics: Metrics | None,
+        checkpoint: Checkpoints | None,
+        log_every: int,
+        steps: int,
+    ):
+        self.shown, self.metrics, self.checkpoint = shown, metrics, checkpoint
+        self.log_every, self.steps = log_every, steps
+        self.skipped = 0  # steps in a row
+
+    def step(self, n: int, examples: int, values: Mapping[str, Any]) -> None:
+        numbers = {name: float(value) for name, value in values.items()}
+        self.skipped = self.skipped + 1 if numbers.get("skipped") else 0
+        if self.skipped > MOST_SKIPPED:
+            what = f"no gradient was finite for {MOST_SKIPPED} steps"
+            raise NonFiniteLoss(what, n, self.checkpoint)
+        if not math.isfinite(numbers["loss"]) and not self.skipped:
+            what = f"the loss is {numbers['loss']}"
+            raise NonFiniteLoss(what, n, self.checkpoint)
+        self.shown.update(n, numbers["loss"], examples)
+        if self.metrics is not None and (n % self.log_every == 0 or n == self.steps):
+            rate = {"examples_per_second": self.shown.examples_per_second}
+            self.metrics.write(n, numbers | rate)
+
+    def evaluation(self, n: int, values: Mapping[str, float]) -> None:
+        numbers = {name: float(value) for name, value in values.items()}
+        said = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        self.shown.say(f"step {n}: {said}")
+        if self.metrics is not None:
+            self.metrics.write(n, numbers)

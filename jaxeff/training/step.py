@@ -1,0 +1,185 @@
+"""One jitted training step: a loss, an optax optimizer, and what may train.
+
+The step is a pure function of (state, batch). Whatever a technique adds, it adds
+to the loss or to the optimizer; the step knows no technique.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from jaxeff.tree import combine, partition, Patterns, pytree
+
+
+class Scaler(Protocol):
+    """What the step asks of dynamic loss scaling; a scaler is a pytree."""
+
+    def scale(self, loss: Array) -> Array:
+        """The loss, large enough that its gradients do not underflow."""
+
+    def unscale(self, grads: PyTree) -> PyTree:
+        """The gradients of the loss from those of the scaled loss."""
+
+    def adjust(self, finite: Array) -> "Scaler":
+        """The scaler of the next step."""
+
+
+@pytree
+class TrainState:
+    """All that a run needs to go on, bit for bit, besides its data.
+
+    Attributes:
+        step: how many steps were taken.
+        params: of the model; for Linen the whole dict of variables.
+        opt_state: of the optimizer, over the weights that train.
+        key: of the run; step s draws from `fold_in(key, s)`.
+        scaler: dynamic loss scaling, or `None`.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    opt_state: PyTree
+    key: Key[Array, ""]
+    scaler: Any = None
+
+
+class Aux(NamedTuple):
+    """What a loss returns beside the loss.
+
+    Attributes:
+        metrics: scalars to log.
+        updates: top-level entries of `params` that replace the old ones, such as
+            Linen's `batch_stats`.
+    """
+
+    metrics: Mapping[str, Array] = {}
+    updates: Mapping[str, PyTree] = {}
+
+
+Loss = Callable[[PyTree, Any, Array], tuple[Array, Aux]]
+
+
+def init_state(
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    key: Key[Array, ""],
+    *,
+    trainable: Patterns = "**",
+    scaler: Any = None,
+) -> TrainState:
+    """The state before the first step.
+
+    The step donates its state, so this copies: `params` stay the caller's.
+
+    Args:
+        params: to start from.
+        tx: the optimizer that the step is made with.
+        key: decides dropout, augmentation and whatever else a loss draws.
+        trainable: patterns of the weights that train, as the step is made with. A
+            Linen model with batch norm trains "params/**".
+        scaler: dynamic loss scaling for float16.
+
+    Raises:
+        ValueError: a pattern matches no weight.
+    """
+    train, _ = partition(params, trainable)
+    state = TrainState(jnp.zeros([], jnp.int32), params, tx.init(train), key, scaler)
+    return jax.tree.map(jnp.copy, state)
+
+
+def make_train_step(
+    loss: Loss, tx: optax.GradientTransformation, *, trainable: Patterns = "**"
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
+    """`step(state, batch) -> (state, metrics)`, jitted; the old state is donated.
+
+    With a scaler in the state, a step whose gradients are not all finite changes
+    nothing but the scaler and the count of steps, and its metric `skipped` is True.
+
+    Args:
+        loss: `loss(params, batch, key) -> (scalar, Aux)`.
+        tx: the optimizer.
+        trainable: patterns of the weights that train; the others, and all that is
+            not floating-point, are constants to `grad` and never reach `tx`.
+
+    Returns:
+        The step. Its metrics are `loss` and what the loss puts into `Aux`.
+
+    Raises:
+        ValueError: while tracing, where the loss returns something else, or
+            updates an entry that `params` does not have.
+    """
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        train, frozen = partition(state.params, trainable)
+        key = jr.fold_in(state.key, state.step)
+
+        def objective(train):
+            value, aux = _checked(loss(combine(train, frozen), batch, key))
+            scaled = value if state.scaler is None else state.scaler.scale(value)
+            return scaled, (value, aux)
+
+        grads, (value, aux) = jax.grad(objective, has_aux=True)(train)
+        if state.scaler is not None:
+            grads = state.scaler.unscale(grads)
+        updates, opt_state = tx.update(grads, state.opt_state, train)
+        train = optax.apply_updates(train, updates)
+        params = _replace(combine(train, frozen), aux.updates)
+        metrics = {"loss": value, **aux.metrics}
+        scaler = state.scaler
+        if scaler is not None:
+            finite = all_finite(grads)
+            keep = lambda new, old: jnp.where(finite, new, old)
+            params = jax.tree.map(keep, params, state.params)
+            opt_state = jax.tree.map(keep, opt_state, state.opt_state)
+            scaler = scaler.adjust(finite)
+            metrics["skipped"] = ~finite
+        new = TrainState(state.step + 1, params, opt_state, state.key, scaler)
+        return new, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether no floating-point array of the tree holds an inf or a nan."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]).all()
+
+
+def _checked(result: Any) -> tuple[Float[Array, ""], Aux]:
+    match result:
+        case (value, Aux() as aux) if jnp.shape(value) == ():
+            return value, aux
+    raise ValueError(
+        "a loss returns (scalar, Aux(metrics={...}, updates={...})), but this one "
+        f"returned {jax.tree.map(jnp.shape, result)} (shapes). Average over the batch, "
+        "and return Aux() where there is nothing else to say."
+    )
+
+
+def _replace(params: Any, updates: Mapping[str, PyTree]) -> Any:
+    if not updates:
+        return params
+    known = list(params) if isinstance(params, Mapping) else []
+    if unknown := [name for name in updates if name not in known]:
+        raise ValueError(
+            f"updates replace top-level entries of params, which has {known}, but the "
+            f"loss updates {unknown}. Put them into params before the first step."
+        )
+    # A changed dtype or shape would silently compile the next step anew.
+    for name, new in updates.items():
+        if _form(new) != _form(params[name]):
+            raise ValueError(
+                f"an update has the structure, shapes and dtypes of the entry it "
+                f"replaces, but the loss turns {name} from {_form(params[name])} into "
+                f"{_form(new)}."
+            )
+    return type(params)({**params, **updates})
+
+
+def _form(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree)
