@@ -7,10 +7,12 @@ arXiv:1808.06226).
 
 import dataclasses
 import functools
+import operator
 import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
+from typing import SupportsIndex
 
 BOS, EOS = 1, 2
 _FIRST_BYTE = 3  # tokens 3 ... 258 are the 256 bytes, as "<0x00>" ... "<0xFF>"
@@ -106,14 +108,14 @@ class Tokenizer:
             return None
         return self._ids.get(self.pieces[left] + self.pieces[right])
 
-    def decode(self, tokens: Iterable[int]) -> str:
+    def decode(self, tokens: Iterable[SupportsIndex]) -> str:
         """Text of `tokens`; BOS and EOS give none.
 
         Bytes that are not UTF-8, from a sequence cut within a character, become
         U+FFFD.
         """
         out = b""
-        for token in map(int, tokens):
+        for token in map(operator.index, tokens):
             if not 0 <= token < len(self.pieces):
                 raise ValueError(
                     f"A token is in [0, {len(self.pieces)}), got {token}. Use the "
