@@ -1,5 +1,14 @@
 """The traced function: what every technique looks at and rewrites."""
 
+from .call import Call as Call
+from .costs import Cost as Cost, Costs as Costs
+from .couplings import Coupling as Coupling, Couplings as Couplings
+from .interpret import (
+    bind as bind,
+    bodies as bodies,
+    equations as equations,
+    Interpreter as Interpreter,
+)
 from .leaf import (
     Conv as Conv,
     dense as dense,
@@ -10,11 +19,18 @@ from .leaf import (
     Leaf as Leaf,
     shapes as shapes,
 )
-from .interpret import equations as equations, Interpreter as Interpreter
 from .lift import (
     lift as lift,
     lift_report as lift_report,
     LiftEntry as LiftEntry,
     unlift as unlift,
 )
+from .observe import observe as observe, Observed as Observed
+from .resize import (
+    keep_indices as keep_indices,
+    make_plan as make_plan,
+    Plan as Plan,
+    resize as resize,
+)
 from .sites import Site as Site
+from .trace import Program as Program, trace as trace

@@ -22,12 +22,21 @@ class Call:
         jaxpr: the program on `inputs`, each as its dense shape.
     """
 
-    def __init__(self, fn: Callable, params: Any, args: Sequence, kwargs: dict):
+    def __init__(
+        self,
+        fn: Callable,
+        params: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        open_leaves: bool = False,
+    ):
+        """Traces `fn`, with the arrays of its leaves as inputs if `open_leaves`."""
+        is_one = (lambda x: False) if open_leaves else is_leaf
         operands = (params, tuple(args), dict(kwargs))
-        values, treedef = jax.tree.flatten(operands, is_leaf=is_leaf)
-        names = list(tree.paths(params, is_leaf))
+        values, treedef = jax.tree.flatten(operands, is_leaf=is_one)
+        names = list(tree.paths(params, is_one))
         names += [None] * (len(values) - len(names))
-        dynamic = [i for i, x in enumerate(values) if is_leaf(x) or tree.is_array(x)]
+        dynamic = [i for i, x in enumerate(values) if is_one(x) or tree.is_array(x)]
 
         def traced(*xs):
             filled = list(values)

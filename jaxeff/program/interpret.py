@@ -192,8 +192,8 @@ class Interpreter:
         """Whether to open an equation that holds a program; else it runs whole."""
         return True
 
-    def keeps_types(self) -> bool:
-        """Whether operands arrive with the shapes and dtypes they were traced with.
+    def keeps_types(self, eqn: JaxprEqn, args: list[Any], where: Where) -> bool:
+        """Whether an equation's operands and results are as they were traced.
 
         Then a `custom_jvp` or `custom_vjp` function runs whole, with its own rule.
         Otherwise it is rebuilt, and its rule is re-run in the same way.
@@ -253,7 +253,8 @@ class Interpreter:
 
     # How each primitive that holds a program is rebuilt.
 
-    def _call(self, eqn, args, where):
+    def inline(self, eqn: JaxprEqn, args: Sequence[Any], where: Where) -> list[Any]:
+        """Runs the body of a call in place; a custom derivative rule is lost."""
         body = bodies(eqn, where)[0]
         return self.run(body.jaxpr, args, body.where)
 
@@ -291,7 +292,9 @@ class Interpreter:
         carry = [self.plain(x) for x in args[n + m :]]
 
         def go_on(carry):
-            run = self._collecting(lambda: self.run(test.jaxpr, [*test_consts, *carry]))
+            run = self._collecting(
+                lambda: self.run(test.jaxpr, [*test_consts, *carry], test.where)
+            )
             return self.plain(run()[0][0])
 
         def step(carry):
@@ -361,7 +364,7 @@ class Interpreter:
 
     def _custom_jvp(self, eqn, args, where):
         args = [self.plain(x) for x in args]
-        if self.keeps_types():
+        if self.keeps_types(eqn, args, where):
             return bind(eqn, args)
         body = bodies(eqn, where)[0]
         inexact = [_is_inexact(v) for v in eqn.invars]
@@ -387,7 +390,7 @@ class Interpreter:
 
     def _custom_vjp(self, eqn, args, where):
         args = [self.plain(x) for x in args]
-        if self.keeps_types():
+        if self.keeps_types(eqn, args, where):
             return bind(eqn, args)
         body = bodies(eqn, where)[0]
         fn = jax.custom_vjp(lambda *xs: tuple(self.run(body.jaxpr, xs, body.where)))
@@ -440,9 +443,9 @@ def _last_uses(jaxpr: Jaxpr) -> list[list[Var]]:
 
 
 _REBUILD = {
-    "jit": Interpreter._call,
-    "closed_call": Interpreter._call,
-    "core_call": Interpreter._call,
+    "jit": Interpreter.inline,
+    "closed_call": Interpreter.inline,
+    "core_call": Interpreter.inline,
     "remat2": Interpreter._remat,
     "checkpoint": Interpreter._remat,
     "custom_jvp_call": Interpreter._custom_jvp,

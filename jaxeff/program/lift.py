@@ -32,7 +32,7 @@ class Lifted:
         operands = jax.tree.leaves((params, args, kwargs), is_leaf=is_leaf)
         if not any(map(is_leaf, operands)):
             return self.fn(params, *args, **kwargs)
-        return Call(self.fn, params, args, kwargs).run(_Lift())
+        return Call(self.fn, params, args, kwargs).run(Lifting())
 
 
 def lift(fn: Callable) -> Callable:
@@ -68,7 +68,7 @@ def lift_report(
     Nothing is computed; `args` may be shapes.
     """
     call = Call(unlift(fn), params, args, kwargs)
-    rule = _Lift()
+    rule = Lifting()
     jax.eval_shape(lambda xs: call.run(rule, xs), call.inputs)
     compressed = [
         path if is_leaf(x) else None
@@ -87,7 +87,7 @@ def lift_report(
     return list(entries)
 
 
-class _Lift(Interpreter):
+class Lifting(Interpreter):
     """Hands operations on a leaf to the leaf."""
 
     def __init__(self) -> None:

@@ -1,0 +1,151 @@
+"""Couplings: the dims of weights that must change together.
+
+Remove channel 3 of a kernel, and its bias, the batch norm after it and the next
+kernel's input lose channel 3 as well: one coupling. It can be removed from
+(`resize`), sharded, or have scale moved along it. What cannot is frozen, with
+the reason and the source line.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend.core import ClosedJaxpr
+from jaxtyping import Bool
+
+from .dims import atoms, Dim, find, fix, index_sum, kept
+from .rules import Dims
+from .solve import Solver
+from .zeros import NOTHING, Zeros
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Coupling:
+    """Dims, or parts of dims, of weights that share their indices."""
+
+    name: str
+    size: int
+    members: tuple[tuple[str, int], ...]  # (path of a weight, dim of it)
+    reason: str | None  # why it is frozen; None: indices can be removed
+    atom: Dim = dataclasses.field(repr=False)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether all its indices must stay."""
+        return self.reason is not None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Couplings(Sequence[Coupling]):
+    """All couplings of a program, in the order in which its weights meet them.
+
+    Attributes:
+        dims: for each weight, its dims.
+    """
+
+    all: tuple[Coupling, ...]
+    dims: Mapping[str, Dims]
+
+    def __getitem__(self, i):
+        return self.all[i]
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    @functools.cached_property
+    def free(self) -> list[Coupling]:
+        """Those from which indices can be removed."""
+        return [c for c in self.all if not c.frozen]
+
+    def of(self, path: str) -> list[Coupling]:
+        """The couplings that a weight is a member of."""
+        return [c for c in self.all if any(p == path for p, _ in c.members)]
+
+    def masks(
+        self, path: str, keep: Mapping[str, Bool[np.ndarray, " n"]]
+    ) -> list[Bool[np.ndarray, " n"]]:
+        """For each dim of a weight which indices stay, given that for couplings.
+
+        Args:
+            path: the weight.
+            keep: for couplings, by name, which indices stay (True); the others
+                keep all.
+        """
+        by_atom = {find(c.atom): keep[c.name] for c in self.all if c.name in keep}
+        return [kept(d, by_atom) for d in self.dims[path]]
+
+    def sums(
+        self, values: Mapping[str, np.ndarray], *, names: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """For each free coupling, the sum of `values` over what each index removes.
+
+        Args:
+            values: for weights, by path, one number per element.
+            names: only these couplings.
+        """
+        chosen = (
+            self.free if names is None else [c for c in self.all if c.name in names]
+        )
+        totals = {find(c.atom): np.zeros(c.size) for c in chosen}
+        for path, array in values.items():
+            for d, dim in enumerate(self.dims[path]):
+                if any(a in totals for a in atoms(dim)):
+                    others = tuple(i for i in range(array.ndim) if i != d)
+                    index_sum(dim, np.asarray(array.sum(others), float), totals)
+        return {c.name: totals[find(c.atom)] for c in chosen}
+
+    def __str__(self) -> str:
+        lines = []
+        for c in self.all:
+            state = f"frozen: {c.reason}" if c.frozen else "free"
+            lines.append(f"{c.name:>5}  size {c.size:<6} {state}")
+            lines += [f"         {path}  dim {d}" for path, d in c.members]
+        return "\n".join(lines)
+
+
+def find_couplings(jaxpr: ClosedJaxpr, weights: Sequence[str | None]) -> Couplings:
+    """The couplings of a traced program.
+
+    Args:
+        jaxpr: the program.
+        weights: for each of its inputs the weight's path, or None for data.
+    """
+    solver = Solver()
+    ins: list[Dims] = []
+    for path, v in zip(weights, jaxpr.jaxpr.invars, strict=True):
+        dims = tuple(Dim(n) for n in v.aval.shape)
+        if path is None:
+            dims = tuple(fix(d, lambda: "it is a dim of the inputs") for d in dims)
+        ins.append(dims)
+    outs = solver.solve(jaxpr, ins)
+    for dims in outs:
+        for d in dims:
+            fix(d, lambda: "it is a dim of the outputs")
+    zeros = Zeros(solver)
+    zeros.run(
+        jaxpr,
+        [
+            NOTHING if path is None else zeros.weight(dims)
+            for path, dims in zip(weights, ins, strict=True)
+        ],
+    )
+    named = {p: d for p, d in zip(weights, ins, strict=True) if p is not None}
+    return Couplings(tuple(_collect(named)), named)
+
+
+def _collect(weights: Mapping[str, Dims]) -> Iterator[Coupling]:
+    members: dict[Dim, dict[tuple[str, int], None]] = {}
+    for path, dims in weights.items():
+        for d, dim in enumerate(dims):
+            for atom in atoms(dim):
+                if atom.size > 1:
+                    members.setdefault(atom, {})[path, d] = None
+    for i, (atom, where) in enumerate(members.items()):
+        reason = _spelled(atom.reason)
+        yield Coupling(f"c{i}", atom.size, tuple(where), reason, atom)
+
+
+def _spelled(reason: Callable[[], str] | Any) -> str | None:
+    return None if reason is None else reason()

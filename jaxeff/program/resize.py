@@ -1,0 +1,316 @@
+"""Runs a function with smaller weights than it was written for.
+
+The function is traced on the shapes it knows, with whatever batch arrives, and
+run again on the small arrays: sizes written into the program (of a reshape, a
+broadcast, a slice, the groups of a convolution) follow from the couplings.
+Numbers that came from a size, like the 1/N of a mean, stay what they were:
+
+Law: the shrunk function equals the original with the removed indices zeroed.
+
+It needs only how many indices of each coupling stay, not which: so a `Plan` is
+a few numbers, and with it a checkpoint of small arrays is a model.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, JaxprEqn
+from jaxtyping import Bool, PyTree
+
+from jaxeff import tree
+from .call import Call
+from .couplings import Couplings
+from .dims import Conflict, cut, Dim, expression, find, fix, from_expression, new_size
+from .interpret import Interpreter, Where
+from .leaf import is_leaf
+from .rules import conv_groups, cut_out, Dims
+from .solve import Solver
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which dims of which weights are smaller, and by how much. Plain data.
+
+    Attributes:
+        sizes: for each coupling that shrank, (size before, size after).
+        dims: for each weight it is part of, what each dim is made of: the name
+            of a coupling, a size that stays, or {"cat": [...]}, {"prod": [...]}.
+    """
+
+    sizes: dict[str, tuple[int, int]]
+    dims: dict[str, list[Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """As lists and dicts, to be written beside a checkpoint."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Plan":
+        """The reverse of `to_json`."""
+        sizes = {k: (int(a), int(b)) for k, (a, b) in data["sizes"].items()}
+        return cls(sizes, {k: list(v) for k, v in data["dims"].items()})
+
+    def shape(self, path: str, *, new: bool) -> tuple[int, ...]:
+        """The shape of a weight before or after."""
+        return tuple(
+            new_size(d) if new else find(d).size for d in self._atoms()(self.dims[path])
+        )
+
+    def _atoms(self) -> Callable[[list[Any]], list[Dim]]:
+        shared = {k: Dim(old, new=new) for k, (old, new) in self.sizes.items()}
+        make = lambda e: shared[e] if isinstance(e, str) else Dim(e)
+        return lambda dims: [from_expression(e, make) for e in dims]
+
+    def seed(self) -> dict[str, Dims]:
+        """The dims of each weight, sharing one atom for each coupling."""
+        build = self._atoms()
+        return {path: tuple(build(dims)) for path, dims in self.dims.items()}
+
+
+def make_plan(couplings: Couplings, keep: Mapping[str, Bool[np.ndarray, " n"]]) -> Plan:
+    """The plan that keeps, of the couplings named, the indices that are True.
+
+    Raises:
+        ValueError: a coupling is unknown or frozen, a mask has the wrong length
+            or keeps nothing.
+    """
+    by_name = {c.name: c for c in couplings}
+    sizes = {}
+    for name, mask in keep.items():
+        if name not in by_name:
+            raise ValueError(
+                f"there is no coupling {name!r}: choose among {', '.join(by_name)}."
+            )
+        c = by_name[name]
+        if c.frozen:
+            raise ValueError(f"coupling {name} is frozen: {c.reason}.")
+        if mask.shape != (c.size,) or not mask.any():
+            raise ValueError(
+                f"the mask of coupling {name} has shape {mask.shape} and keeps "
+                f"{int(mask.sum())}: it needs shape ({c.size},) and at least one True."
+            )
+        if not mask.all():
+            sizes[name] = (c.size, int(mask.sum()))
+    names = {find(by_name[n].atom): n for n in sizes}
+    describe = lambda atom: names.get(atom, atom.size)
+    touched = dict.fromkeys(p for n in sizes for p, _ in by_name[n].members)
+    dims = {
+        path: [expression(d, describe) for d in couplings.dims[path]]
+        for path in touched
+    }
+    return Plan(sizes, dims)
+
+
+def keep_indices(
+    params: PyTree, couplings: Couplings, keep: Mapping[str, Bool[np.ndarray, " n"]]
+) -> PyTree:
+    """The weights, compressed or not, without the indices that `keep` drops.
+
+    Args:
+        params: the weights that `couplings` was found for.
+        couplings: of their program.
+        keep: for couplings, by name, which indices stay (True).
+    """
+    touched = {p for c in couplings if c.name in keep for p, _ in c.members}
+
+    def smaller(keypath, x):
+        path = tree.path_name(keypath)
+        if path not in touched:
+            return x
+        for d, mask in enumerate(couplings.masks(path, keep)):
+            if not mask.all():
+                x = _keep(x, d, mask, path)
+        return x
+
+    return jax.tree_util.tree_map_with_path(smaller, params, is_leaf=is_leaf)
+
+
+def _keep(x: Any, dim: int, mask: Bool[np.ndarray, " n"], path: str) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        shape = (*x.shape[:dim], int(mask.sum()), *x.shape[dim + 1 :])
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+    if is_leaf(x):
+        small = x.keep(dim, mask)
+        if small is NotImplemented:
+            raise ValueError(
+                f"the compressed weight {path} ({type(x).__name__}) cannot lose "
+                f"indices of dim {dim}: shrink before compressing it."
+            )
+        return small
+    return x[(slice(None),) * dim + (np.flatnonzero(mask),)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by `jit`, so by identity
+class Resized:
+    """A function that runs with the smaller weights of a plan; see `resize`."""
+
+    fn: Callable
+    plan: Plan
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
+        """`fn` on the small weights."""
+        full = jax.tree_util.tree_map_with_path(self._full, params)
+        call = Call(self.fn, full, args, kwargs)
+        small = Call_inputs(params, args, kwargs)
+        seeds = self.plan.seed()
+        solver, ins = Solver(exact=False), []
+        weights = zip(call.weights, call.jaxpr.jaxpr.invars, strict=True)
+        for path, v in weights:
+            dims = seeds.get(path) if path is not None else None
+            if dims is None:
+                dims = tuple(Dim(n) for n in v.aval.shape)
+                if path is None:
+                    dims = tuple(
+                        fix(d, lambda: "it is a dim of the inputs") for d in dims
+                    )
+            ins.append(dims)
+        try:
+            solver.solve(call.jaxpr, ins)
+        except Conflict as e:
+            raise ValueError(f"these weights do not fit this function: {e}") from None
+        for path, dims, x in zip(call.weights, ins, small, strict=True):
+            want = tuple(map(new_size, dims))
+            if path is not None and want != tuple(x.shape):
+                raise ValueError(
+                    f"{path} has shape {tuple(x.shape)}, but by the plan it is {want}: "
+                    "these weights are of another shrunk model."
+                )
+        return call.run(_Resize(solver), small)
+
+    def _full(self, keypath: tuple, x: Any) -> Any:
+        path = tree.path_name(keypath)
+        if path not in self.plan.dims:
+            return x
+        return jax.ShapeDtypeStruct(self.plan.shape(path, new=False), x.dtype)
+
+
+def Call_inputs(params: Any, args: Sequence[Any], kwargs: dict) -> list[Any]:
+    """The arrays among the operands, in the order of `Call.inputs`."""
+    return [
+        x for x in jax.tree.leaves((params, tuple(args), kwargs)) if tree.is_array(x)
+    ]
+
+
+def resize(fn: Callable, plan: Plan) -> Callable:
+    """Makes `fn(params, *args)` run with the smaller weights of `plan`.
+
+    The plan may come from another function of the same weights: shrink the
+    evaluation of a model, then train with `resize(training_function, plan)`.
+
+    Raises:
+        ValueError: when called, if the weights are not those of the plan, or if
+            `fn` uses a dim that shrank in a way that needs its full size.
+    """
+    return Resized(fn, plan) if plan.sizes else fn
+
+
+class _Resize(Interpreter):
+    """Re-runs a program at the sizes a solver found."""
+
+    def __init__(self, solver: Solver):
+        super().__init__()
+        self.solver = solver
+
+    def sizes(self, v: Any, where: Where) -> tuple[int, ...]:
+        """The shape of a variable in the program being run."""
+        return tuple(map(new_size, self.solver.read(v, where)))
+
+    def keeps_types(self, eqn: JaxprEqn, args: list[Any], where: Where) -> bool:
+        same = all(
+            x.shape == v.aval.shape for x, v in zip(args, eqn.invars, strict=True)
+        )
+        return same and all(
+            self.sizes(v, where[:-1]) == v.aval.shape for v in eqn.outvars
+        )
+
+    def run(self, jaxpr: ClosedJaxpr, args: Sequence[Any], where: Where = ()) -> list:
+        if where not in self.solver.dims:
+            # The derivative of a custom rule: a program that was not traced before.
+            self.solver.solve(jaxpr, self._dims_of(jaxpr, args), where)
+        return super().run(jaxpr, args, where)
+
+    def _dims_of(self, jaxpr: ClosedJaxpr, args: Sequence[Any]) -> list[Dims]:
+        return [
+            tuple(
+                Dim(n, new=None if n == m else m)
+                for n, m in zip(v.aval.shape, x.shape, strict=True)
+            )
+            for v, x in zip(jaxpr.jaxpr.invars, args, strict=True)
+        ]
+
+    def equation(self, eqn: JaxprEqn, args: list[Any], where: Where) -> list | None:
+        rule = _SIZES.get(eqn.primitive.name)
+        if rule is None or self.keeps_types(eqn, args, where):
+            return None
+        scope = where[:-1]
+        ins = [self.solver.read(v, scope) for v in eqn.invars]
+        out = self.sizes(eqn.outvars[0], scope)
+        changed = rule(eqn, ins, [self.solver.read(v, scope) for v in eqn.outvars], out)
+        params = {**eqn.primitive.get_bind_params(eqn.params), **changed}
+        with eqn.ctx.manager:
+            outs = eqn.primitive.bind(*args, **params)
+        return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+# How the sizes in an equation's parameters follow. `out` is the new shape.
+
+
+def _shape(key: str) -> Callable:
+    return lambda eqn, ins, outs, out: {key: out}
+
+
+def _slice(eqn, ins, outs, out) -> dict:
+    start, stop = list(eqn.params["start_indices"]), list(eqn.params["limit_indices"])
+    for d, x in enumerate(ins[0]):
+        if new_size(x) != find(x).size:  # then its stride is 1: others fix the dim
+            pieces = cut_out(eqn, x, start[d], stop[d])
+            assert pieces is not None, "a slice that cannot be cut fixes the dim"
+            start[d] = new_size(pieces[0])
+            stop[d] = start[d] + new_size(pieces[1])
+    return {"start_indices": tuple(start), "limit_indices": tuple(stop)}
+
+
+def _split(eqn, ins, outs, out) -> dict:
+    axis = eqn.params["axis"]
+    return {"sizes": tuple(new_size(dims[axis]) for dims in outs)}
+
+
+def _pad(eqn, ins, outs, out) -> dict:
+    config = list(eqn.params["padding_config"])
+    for d, (low, high, inner) in enumerate(config):
+        if (low, high, inner) != (0, 0, 0) and new_size(outs[0][d]) != outs[0][d].size:
+            first, last = cut(outs[0][d], low), cut(outs[0][d], outs[0][d].size - high)
+            assert first is not None and last is not None, "padding is a concatenation"
+            config[d] = (new_size(first[0]), new_size(last[1]), inner)
+    return {"padding_config": tuple(config)}
+
+
+def _gather(eqn, ins, outs, out) -> dict:
+    sizes = tuple(
+        new_size(x) if n == find(x).size else n
+        for n, x in zip(eqn.params["slice_sizes"], ins[0], strict=True)
+    )
+    return {"slice_sizes": sizes}
+
+
+def _conv(eqn, ins, outs, out) -> dict:
+    if eqn.params["feature_group_count"] == 1:
+        return {}
+    return {"feature_group_count": new_size(conv_groups(eqn, ins[0])[0])}
+
+
+_SIZES: dict[str, Callable] = {
+    "reshape": _shape("new_sizes"),
+    "broadcast_in_dim": _shape("shape"),
+    "iota": _shape("shape"),
+    "random_bits": lambda eqn, ins, outs, out: {"shape": out[len(ins[0]) :]},
+    "dynamic_slice": _gather,
+    "slice": _slice,
+    "split": _split,
+    "pad": _pad,
+    "gather": _gather,
+    "conv_general_dilated": _conv,
+}

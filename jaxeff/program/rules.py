@@ -1,0 +1,391 @@
+"""For each primitive: which dims of its results are which dims of its operands.
+
+A rule gets the dims of the operands and returns those of the results, uniting
+what must change together on the way. It fixes what cannot change size there
+(`fix`), and what may not change if the result is to be exact (`exact`: a sort,
+a random number, a position). A primitive without a rule fixes all it touches.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from jax.extend.core import JaxprEqn
+
+from . import flops
+from .dims import concat, cut, Dim, factor, find, fix, product, unite
+from .sites import reshape_groups
+from .source import source_line
+
+Dims = tuple[Dim, ...]
+
+
+class Mode(Protocol):
+    """What a rule may ask for beyond the algebra of dims."""
+
+    def exact(self, d: Dim, reason: Callable[[], str]) -> Dim:
+        """Fixes a dim for exactness only: a program being resized ignores it."""
+        ...
+
+
+Rule = Callable[[Mode, JaxprEqn, Sequence[Dims]], list[Dims]]
+
+
+def because(eqn: JaxprEqn, what: str) -> Callable[[], str]:
+    """A reason, spelled out only when somebody reads it."""
+    return lambda: f"{what} at {source_line(eqn)}"
+
+
+def fresh(eqn: JaxprEqn, out: int = 0) -> Dims:
+    """New dims for a result: nothing is known of them."""
+    return tuple(Dim(n) for n in eqn.outvars[out].aval.shape)
+
+
+def fixed(eqn: JaxprEqn, what: str, out: int = 0) -> Dims:
+    """New dims for a result that must all stay."""
+    return tuple(fix(d, because(eqn, what)) for d in fresh(eqn, out))
+
+
+def unite_all(eqn: JaxprEqn, dims: Sequence[Dim]) -> Dim:
+    """One dim out of several that an equation aligns."""
+    name = eqn.primitive.name
+    return functools.reduce(
+        lambda a, b: unite(a, b, because(eqn, f"`{name}` aligns different cuts")), dims
+    )
+
+
+def elementwise(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    """Aligns dims one by one; a dim of size 1 goes with any."""
+    out = []
+    for d, n in enumerate(eqn.outvars[0].aval.shape):
+        # A dim of size 1 is repeated, not aligned, unless the result's is 1 too.
+        aligned = [x[d] for x in ins if x and x[d].size == n]
+        out.append(unite_all(eqn, aligned) if aligned else Dim(n))
+    return [tuple(out)] * len(eqn.outvars)
+
+
+def _same(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    return [tuple(x) for x in ins[: len(eqn.outvars)]]
+
+
+def _dot_general(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
+    left, right = ins
+    for i, j in (*zip(lc, rc), *zip(lb, rb)):
+        unite_all(eqn, [left[i], right[j]])
+    batch = [left[i] for i in lb]
+    free = [d for i, d in enumerate(left) if i not in (*lc, *lb)]
+    free += [d for j, d in enumerate(right) if j not in (*rc, *rb)]
+    return [(*batch, *free)]
+
+
+def _ragged_dot(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (lc, rc), (lb, rb) = numbers.dot_dimension_numbers
+    groups = numbers.rhs_group_dimensions
+    plain = len(groups) == 1 and not lb and not rb
+    ragged = numbers.lhs_ragged_dimensions
+    if not plain or any(d in lc for d in ragged):
+        return _unknown(mode, eqn, ins)
+    left, right = ins[0], ins[1]
+    fix(right[groups[0]], because(eqn, "the groups of a ragged product"))
+    for d in ragged:
+        fix(left[d], because(eqn, "the ragged rows of a product"))
+    for i, j in zip(lc, rc):
+        unite_all(eqn, [left[i], right[j]])
+    free = [d for i, d in enumerate(left) if i not in lc]
+    free += [d for j, d in enumerate(right) if j not in (*rc, *groups)]
+    return [tuple(free)]
+
+
+def conv_groups(eqn: JaxprEqn, x: Dims) -> tuple[Dim, Dim]:
+    """The input channels of a convolution as (groups, channels in each)."""
+    channels = x[eqn.params["dimension_numbers"].lhs_spec[1]]
+    parts = factor(channels, channels.size // eqn.params["feature_group_count"])
+    if parts is None:
+        fix(channels, because(eqn, "the groups of a convolution cut across it"))
+        return Dim(eqn.params["feature_group_count"]), channels
+    return parts
+
+
+def _conv(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    p, (x, w) = eqn.params, ins
+    if p["batch_group_count"] != 1:
+        return _unknown(mode, eqn, ins)
+    numbers = p["dimension_numbers"]
+    for spec, dims in ((numbers.lhs_spec, x), (numbers.rhs_spec, w)):
+        for d in spec[2:]:
+            fix(dims[d], because(eqn, "the space of a convolution"))
+    groups = p["feature_group_count"]
+    w_out, w_in = (w[d] for d in numbers.rhs_spec[:2])
+    if groups == 1:
+        unite_all(eqn, [x[numbers.lhs_spec[1]], w_in])
+    else:
+        group, channels = conv_groups(eqn, x)
+        outs = product([group, Dim(w_out.size // groups)])
+        if channels.size == w_in.size:
+            unite_all(eqn, [channels, w_in])
+        unite_all(eqn, [outs, w_out])
+    out = list(fixed(eqn, "the space of a convolution"))
+    out[numbers.out_spec[0]] = x[numbers.lhs_spec[0]]
+    out[numbers.out_spec[1]] = w_out
+    return [tuple(out)]
+
+
+def _reshape(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    old, new = ins[0], list(fresh(eqn))
+    if eqn.params.get("dimensions") is not None:
+        return _unknown(mode, eqn, ins)
+    groups = reshape_groups([d.size for d in old], [d.size for d in new])
+    for olds, news in groups:
+        before = product([old[i] for i in olds])
+        wide = [j for j in news if new[j].size != 1]
+        if len(wide) == 1:
+            new[wide[0]] = before
+        elif wide:
+            unite_all(eqn, [product([new[j] for j in wide]), before])
+    return [tuple(new)]
+
+
+def _transpose(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    return [tuple(ins[0][d] for d in eqn.params["permutation"])]
+
+
+def _squeeze(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    gone = eqn.params["dimensions"]
+    return [tuple(x for d, x in enumerate(ins[0]) if d not in gone)]
+
+
+def _broadcast_in_dim(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    out = list(fresh(eqn))
+    for d, x in zip(eqn.params["broadcast_dimensions"], ins[0], strict=True):
+        if x.size == out[d].size:
+            out[d] = x
+    return [tuple(out)]
+
+
+def _reduce(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    gone = eqn.params["axes"]
+    out = tuple(x for d, x in enumerate(ins[0]) if d not in gone)
+    return [out] * len(eqn.outvars)
+
+
+def _reduce_exactly(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    for d in eqn.params["axes"]:
+        mode.exact(ins[0][d], because(eqn, f"`{eqn.primitive.name}` over it"))
+    return _reduce(mode, eqn, ins)
+
+
+def _along(key: str) -> Rule:
+    """For what mixes positions along one dim, and keeps every shape."""
+
+    def rule(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+        mode.exact(
+            ins[0][eqn.params[key]], because(eqn, f"`{eqn.primitive.name}` along it")
+        )
+        outs = elementwise(mode, eqn, ins)[0]
+        return [outs] * len(eqn.outvars)
+
+    return rule
+
+
+def _rev(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    for d in eqn.params["dimensions"]:
+        fix(ins[0][d], because(eqn, "its order is reversed"))
+    return [ins[0]]
+
+
+def _top_k(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    fix(ins[0][-1], because(eqn, "the largest along it are chosen"))
+    return [(*ins[0][:-1], fixed(eqn, "the largest", i)[-1]) for i in (0, 1)]
+
+
+def _concatenate(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    at = eqn.params["dimension"]
+    out = []
+    for d in range(len(ins[0])):
+        dims = [x[d] for x in ins]
+        out.append(concat(dims) if d == at else unite_all(eqn, dims))
+    return [tuple(out)]
+
+
+def cut_out(eqn: JaxprEqn, d: Dim, start: int, stop: int) -> tuple[Dim, Dim] | None:
+    """The dims before `start` and from there to `stop`; None if they can't be cut."""
+    first = cut(d, stop)
+    return None if first is None else cut(first[0], start)
+
+
+def _slice(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    p, out = eqn.params, list(fresh(eqn))
+    strides = p["strides"] or (1,) * len(out)
+    for d, (x, start, stop, step) in enumerate(
+        zip(ins[0], p["start_indices"], p["limit_indices"], strides, strict=True)
+    ):
+        whole = (start, stop, step) == (0, x.size, 1)
+        pieces = None if step != 1 or whole else cut_out(eqn, x, start, stop)
+        if whole:
+            out[d] = x
+        elif pieces is not None:
+            out[d] = pieces[1]
+        else:
+            fix(x, because(eqn, f"a slice [{start}:{stop}:{step}] of it"))
+            fix(out[d], because(eqn, "a slice"))
+    return [tuple(out)]
+
+
+def _split(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    axis, rest, outs = eqn.params["axis"], ins[0][eqn.params["axis"]], []
+    for i, n in enumerate(eqn.params["sizes"]):
+        pieces = cut(rest, n)
+        if pieces is None:
+            fix(rest, because(eqn, "a split cuts across it"))
+            pieces = fixed(eqn, "a split", i)[axis], Dim(rest.size - n)
+            fix(pieces[1], because(eqn, "a split"))
+        outs.append((*ins[0][:axis], pieces[0], *ins[0][axis + 1 :]))
+        rest = pieces[1]
+    return outs
+
+
+def _pad(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    out = list(fresh(eqn))
+    for d, (x, (low, high, inner)) in enumerate(
+        zip(ins[0], eqn.params["padding_config"], strict=True)
+    ):
+        if (low, high, inner) == (0, 0, 0):
+            out[d] = x
+        elif inner or low < 0 or high < 0:
+            fix(x, because(eqn, "it is padded inside, or cropped"))
+            fix(out[d], because(eqn, "padding"))
+        else:
+            out[d] = concat([Dim(low), x, Dim(high)])
+    return [tuple(out)]
+
+
+def _gather(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    x, indices = ins
+    batching = numbers.operand_batching_dims
+    shared = dict(zip(batching, numbers.start_indices_batching_dims, strict=True))
+    for d, j in shared.items():
+        unite_all(eqn, [x[d], indices[j]])
+    window = []
+    for d, n in enumerate(sizes):
+        if d in shared:
+            continue
+        whole = n == x[d].size and d not in numbers.start_index_map
+        if not whole:
+            fix(x[d], because(eqn, "positions along it are looked up"))
+        if d not in numbers.collapsed_slice_dims:
+            window.append(x[d] if whole else None)
+    fixed_out = fixed(eqn, "a look-up")
+    rest = iter(indices[:-1])
+    windows = iter(window)
+    out = []
+    for d, dim in enumerate(fixed_out):
+        if d in numbers.offset_dims:
+            out.append(next(windows) or dim)
+        else:
+            out.append(next(rest))
+    return [tuple(out)]
+
+
+def _dynamic_slice(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    out = list(fresh(eqn))
+    for d, (x, n) in enumerate(zip(ins[0], eqn.params["slice_sizes"], strict=True)):
+        if n == x.size:
+            out[d] = x
+        else:
+            fix(x, because(eqn, "a part of it is chosen at run time"))
+            fix(out[d], because(eqn, "a part chosen at run time"))
+    return [tuple(out)]
+
+
+def _dynamic_update_slice(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    x, update = ins[:2]
+    for a, b in zip(x, update, strict=True):
+        if a.size == b.size:
+            unite_all(eqn, [a, b])
+        else:
+            fix(a, because(eqn, "a part of it is overwritten at run time"))
+            fix(b, because(eqn, "it overwrites a part of another"))
+    return [x]
+
+
+def _reduce_window(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    p, x, out = eqn.params, ins[0], list(fixed(eqn, "a sliding window"))
+    for d, n in enumerate(p["window_dimensions"]):
+        plain = n == 1 and p["window_strides"][d] == 1
+        if plain and tuple(p["padding"][d]) == (0, 0) and p["base_dilation"][d] == 1:
+            out[d] = x[d]
+        else:
+            fix(x[d], because(eqn, "a sliding window along it"))
+    return [tuple(out)]
+
+
+def _iota(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    out = fresh(eqn)
+    mode.exact(out[eqn.params["dimension"]], because(eqn, "it counts positions"))
+    return [out]
+
+
+def _random_bits(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    for d in ins[0]:
+        fix(d, because(eqn, "one random key for each"))
+    n, reason = len(ins[0]), because(eqn, "random numbers depend on the shape")
+    return [(*ins[0], *(mode.exact(d, reason) for d in fresh(eqn)[n:]))]
+
+
+def _unknown(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    what = f"`{eqn.primitive.name}` has no rule"
+    for dims in ins:
+        for d in dims:
+            fix(d, because(eqn, what))
+    return [fixed(eqn, what, i) for i in range(len(eqn.outvars))]
+
+
+_ELEMENTWISE = (flops.ELEMENTWISE | flops.TRANSCENDENTAL) | frozenset(
+    "integer_pow convert_element_type copy copy_p stop_gradient reduce_precision "
+    "bitcast_convert_type real imag conj complex name".split()
+)
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(_ELEMENTWISE, elementwise),
+    "optimization_barrier": _same,
+    "dot_general": _dot_general,
+    "ragged_dot": _ragged_dot,
+    "ragged_dot_general": _ragged_dot,
+    "conv_general_dilated": _conv,
+    "reshape": _reshape,
+    "transpose": _transpose,
+    "squeeze": _squeeze,
+    "broadcast_in_dim": _broadcast_in_dim,
+    "reduce_sum": _reduce,  # zeros.py says where a sum is exact
+    **dict.fromkeys(
+        "reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax "
+        "argmin".split(),
+        _reduce_exactly,
+    ),
+    **dict.fromkeys(
+        "cumsum cumprod cummax cummin cumlogsumexp".split(), _along("axis")
+    ),
+    "sort": _along("dimension"),
+    "rev": _rev,
+    "top_k": _top_k,
+    "concatenate": _concatenate,
+    "slice": _slice,
+    "split": _split,
+    "pad": _pad,
+    "gather": _gather,
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
+    "reduce_window_sum": _reduce_window,
+    "reduce_window_max": _reduce_window,
+    "reduce_window_min": _reduce_window,
+    "iota": _iota,
+    "random_bits": _random_bits,
+}
+
+
+def rule_of(eqn: JaxprEqn) -> Rule:
+    """The rule of an equation's primitive; one that fixes all it touches if none."""
+    return RULES.get(eqn.primitive.name, _unknown)

@@ -1,0 +1,114 @@
+"""A traced function, ready to be looked at: its sites, couplings and costs."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jax.extend.core import ClosedJaxpr
+
+from .call import Call
+from .costs import Costs, count
+from .couplings import Couplings, find_couplings
+from .sites import find_sites, Site
+from .table import table
+
+
+class Program:
+    """A function as traced on some operands. Each view is computed when first read.
+
+    Attributes:
+        jaxpr: the program.
+        weights: for each of its inputs the path of the weight it is, or None.
+        shapes: the dense shape of each weight, by path.
+    """
+
+    def __init__(self, call: Call):
+        self.call = call
+        self.jaxpr: ClosedJaxpr = call.jaxpr
+        self.weights = call.weights
+        self.shapes = {
+            path: v.aval
+            for path, v in zip(call.weights, call.jaxpr.jaxpr.invars, strict=True)
+            if path is not None
+        }
+
+    @functools.cached_property
+    def sites(self) -> list[Site]:
+        """Where each weight meets data."""
+        return find_sites(self.jaxpr, self.weights)
+
+    @functools.cached_property
+    def couplings(self) -> Couplings:
+        """Which dims of which weights must change together."""
+        return find_couplings(self.jaxpr, self.weights)
+
+    @functools.cached_property
+    def costs(self) -> Costs:
+        """FLOPs and bytes moved, in all and by weight."""
+        return count(self.jaxpr, self.sites)
+
+    def __str__(self) -> str:
+        """A table of the weights: shape, what they cost, and how they couple."""
+        of = {}
+        for c in self.couplings:
+            for path, d in c.members:
+                of.setdefault(path, {}).setdefault(d, []).append(
+                    c.name + ("*" if c.frozen else "")
+                )
+        rows = []
+        for path, aval in self.shapes.items():
+            cost = self.costs.weights.get(path)
+            dims = [
+                f"{n}:{'.'.join(of.get(path, {}).get(d, ['-']))}"
+                for d, n in enumerate(aval.shape)
+            ]
+            rows.append(
+                (
+                    path,
+                    f"({', '.join(dims)})",
+                    np.dtype(aval.dtype).name,
+                    f"{aval.size:,}",
+                    "" if cost is None else f"{cost.flops:,}",
+                    "" if cost is None else f"{cost.bytes:,}",
+                )
+            )
+        rows.append(
+            (
+                "total",
+                "",
+                "",
+                f"{sum(a.size for a in self.shapes.values()):,}",
+                f"{self.costs.flops:,}",
+                f"{self.costs.bytes:,}",
+            )
+        )
+        head = (
+            "weight",
+            "dims: couplings",
+            "dtype",
+            "elements",
+            "FLOPs",
+            "bytes moved",
+        )
+        free = len(self.couplings.free)
+        note = (
+            f"{len(self.sites)} sites; {len(self.couplings)} couplings, {free} free "
+            "(* frozen: `print(program.couplings)` says why)"
+        )
+        return f"{table(head, rows)}\n{note}"
+
+
+def trace(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Program:
+    """Traces `fn(params, *args, **kwargs)` once, to be looked at.
+
+    Nothing is computed and nothing allocated: any array may be given as a
+    `jax.ShapeDtypeStruct`. A function of compressed weights is traced as it
+    runs, with the arrays of each leaf as weights of their own.
+
+    Args:
+        fn: any function that JAX can trace.
+        params: its weights, a pytree.
+        args, kwargs: the rest; what is not an array is a constant of the trace.
+    """
+    return Program(Call(fn, params, args, kwargs, open_leaves=True))
