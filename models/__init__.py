@@ -10,6 +10,7 @@ from .llama import (
     LLAMA_1B as LLAMA_1B,
     LLAMA_7B as LLAMA_7B,
     LlamaConfig as LlamaConfig,
+    rope_tables as rope_tables,
     rotate as rotate,
     stack_layers as stack_layers,
     STORIES260K as STORIES260K,

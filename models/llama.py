@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 _INIT = nn.initializers.normal(0.02)
 
@@ -108,32 +108,49 @@ def init_cache(
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0))
 
 
-def rotate(
-    x: Float[Array, "b s heads head_dim"],
-    positions: Int[Array, " s"],
-    *,
-    theta: float = 10_000.0,
-    pairs: Literal["adjacent", "half"] = "adjacent",
-) -> Float[Array, "b s heads head_dim"]:
-    """Turns pair i of every head by `position * theta ** (-2i / head_dim)` radians.
-
-    Law: the dot product of two rotated vectors depends on the difference of their
-    positions only.
+def rope_tables(
+    positions: Int[Array, " s"], head_dim: int, theta: float = 10_000.0
+) -> tuple[Float[Array, "s half"], Float[Array, "s half"]]:
+    """Cosines and sines of `position * theta ** (-2i / head_dim)` for each pair i.
 
     Source: Su et al. 2021, arXiv:2104.09864, equation 15.
     """
-    half = x.shape[-1] // 2
+    half = head_dim // 2
     # float32: bfloat16 rounds position 257 to 256.
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "b s heads head_dim"],
+    cos: Float[Array, "s half"],
+    sin: Float[Array, "s half"],
+    *,
+    pairs: Literal["adjacent", "half"] = "adjacent",
+) -> Float[Array, "b s heads head_dim"]:
+    """Turns each pair of every head's dims by its angle in `rope_tables`.
+
+    Law: the dot product of two rotated vectors depends on the difference of their
+    positions only.
+    """
     axis = -1 if pairs == "adjacent" else -2
+    half = x.shape[-1] // 2
     shape = (half, 2) if pairs == "adjacent" else (2, half)
-    cos = jnp.expand_dims(jnp.cos(angles)[None, :, None, :], axis)
-    sin = jnp.expand_dims(jnp.sin(angles)[None, :, None, :], axis)
+    cos = jnp.expand_dims(cos[None, :, None, :], axis)
+    sin = jnp.expand_dims(sin[None, :, None, :], axis)
     pair = x.astype(jnp.float32).reshape(*x.shape[:-1], *shape)
     a, b = jnp.split(pair, 2, axis=axis)
     pair = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=axis)
     return pair.reshape(x.shape).astype(x.dtype)
+
+
+class Shared(NamedTuple):
+    """What every layer needs and no layer changes."""
+
+    cos: Float[Array, "s half"]
+    sin: Float[Array, "s half"]
+    causal: Bool[Array, "s t"]  # True where query s may see key t
 
 
 class Attention(nn.Module):
@@ -147,7 +164,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "b s d"],
-        positions: Int[Array, " s"],
+        shared: Shared,
         cache: Cache | None = None,
         layer: int | Int[Array, ""] = 0,
     ) -> tuple[Float[Array, "b s d"], Cache | None]:
@@ -160,22 +177,18 @@ class Attention(nn.Module):
         q = q.reshape(b, s, c.n_heads, c.head_dim)
         k = k.reshape(b, s, c.kv_heads, c.head_dim)
         v = v.reshape(b, s, c.kv_heads, c.head_dim)
-        q = rotate(q, positions, theta=c.rope_theta, pairs=c.rope)
-        k = rotate(k, positions, theta=c.rope_theta, pairs=c.rope)
-
-        key_positions = positions
+        q = rotate(q, shared.cos, shared.sin, pairs=c.rope)
+        k = rotate(k, shared.cos, shared.sin, pairs=c.rope)
         if cache is not None:
             cache, k, v = _append(cache, k, v, layer)
-            key_positions = jnp.arange(k.shape[1])
         # Consecutive query heads share a key/value head.
         q = q.reshape(b, s, c.kv_heads, c.n_heads // c.kv_heads, c.head_dim)
         # float32: the softmax of long rows loses its tail in half precision.
         scores = jnp.einsum(
             "bqkgd,btkd->bkgqt", q, k, preferred_element_type=jnp.float32
         )
-        # Also hides the part of the cache that is not yet written.
-        causal = positions[:, None] >= key_positions[None, :]
-        scores = jnp.where(causal[None, None, None], scores * c.head_dim**-0.5, -1e30)
+        visible = shared.causal[None, None, None]
+        scores = jnp.where(visible, scores * c.head_dim**-0.5, -1e30)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         y = jnp.einsum("bkgqt,btkd->bqkgd", weights, v)
         y = self._dense(d, "o")(y.reshape(b, s, c.n_heads * c.head_dim))
@@ -203,7 +216,7 @@ class Block(nn.Module):
     def __call__(
         self,
         carry: tuple[Float[Array, "b s d"], Cache | None],
-        positions: Int[Array, " s"],
+        shared: Shared,
         layer: int | Int[Array, ""],
     ) -> tuple[tuple[Float[Array, "b s d"], Cache | None], None]:
         """One layer in the form `nn.scan` wants: carry in, (carry, None) out."""
@@ -212,7 +225,7 @@ class Block(nn.Module):
         dense: dict[str, Any] = {"use_bias": False, "kernel_init": _INIT, **kinds}
         x, cache = carry
         y = nn.RMSNorm(epsilon=c.norm_eps, name="attn_norm", **kinds)(x)
-        y, cache = Attention(c, name="attn", **kinds)(y, positions, cache, layer)
+        y, cache = Attention(c, name="attn", **kinds)(y, shared, cache, layer)
         x = x + y
         y = nn.RMSNorm(epsilon=c.norm_eps, name="mlp_norm", **kinds)(x)
         gate = nn.Dense(c.hidden, name="gate", **dense)(y)
@@ -257,9 +270,13 @@ class Llama(nn.Module):
             c.vocab_size, c.d_model, embedding_init=_INIT, name="embed", **kinds
         )
         x = embed(tokens)
-        positions = jnp.arange(tokens.shape[1])
+        positions = keys = jnp.arange(tokens.shape[1])
         if cache is not None:
             positions = cache.used + positions
+            keys = jnp.arange(cache.k.shape[2])
+        # With a cache, this also hides the part of it that is not yet written.
+        causal = positions[:, None] >= keys[None, :]
+        shared = Shared(*rope_tables(positions, c.head_dim, c.rope_theta), causal)
         # Inside a scan the compiler cannot undo the recomputation anyway.
         block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
         carry = (x, cache)
@@ -271,10 +288,10 @@ class Llama(nn.Module):
                 in_axes=(nn.broadcast, 0),
                 length=c.n_layers,
             )(c, name="layers", **kinds)
-            carry, _ = layers(carry, positions, jnp.arange(c.n_layers))
+            carry, _ = layers(carry, shared, jnp.arange(c.n_layers))
         else:
             for i in range(c.n_layers):
-                carry, _ = block(c, name=f"layer_{i}", **kinds)(carry, positions, i)
+                carry, _ = block(c, name=f"layer_{i}", **kinds)(carry, shared, i)
         x, cache = carry
         x = nn.RMSNorm(epsilon=c.norm_eps, name="norm", **kinds)(x)
         if c.tied:

@@ -12,6 +12,7 @@ from jaxeff.models import (
     LLAMA_1B,
     LLAMA_7B,
     LlamaConfig,
+    rope_tables,
     rotate,
     stack_layers,
     STORIES260K,
@@ -112,8 +113,8 @@ def test_rotated_products_depend_on_the_distance_only(query, key, shift, pairs):
     q, k = jr.normal(jr.key(0), (1, 1, 2, 8)), jr.normal(jr.key(1), (1, 1, 2, 8))
 
     def product(query, key):
-        a = rotate(q, jnp.array([query]), pairs=pairs)
-        b = rotate(k, jnp.array([key]), pairs=pairs)
+        a = rotate(q, *rope_tables(jnp.array([query]), 8), pairs=pairs)
+        b = rotate(k, *rope_tables(jnp.array([key]), 8), pairs=pairs)
         return jnp.sum(a * b, axis=-1)
 
     moved = product(query + shift, key + shift)
@@ -124,7 +125,7 @@ def test_rotated_products_depend_on_the_distance_only(query, key, shift, pairs):
 @each_pairing
 def test_rotation_keeps_lengths_and_leaves_position_zero_alone(pairs, getkey):
     x = jr.normal(getkey(), (2, 5, 3, 8))
-    y = rotate(x, jnp.arange(5), pairs=pairs)
+    y = rotate(x, *rope_tables(jnp.arange(5), 8), pairs=pairs)
     assert jnp.allclose(jnp.linalg.norm(x, axis=-1), jnp.linalg.norm(y, axis=-1))
     assert jnp.array_equal(x[:, 0], y[:, 0])
 
@@ -135,7 +136,8 @@ def test_each_pair_turns_by_its_own_frequency(pairs):
     for i in range(head_dim // 2):
         a, b = (2 * i, 2 * i + 1) if pairs == "adjacent" else (i, i + head_dim // 2)
         x = jnp.zeros((1, 1, 1, head_dim)).at[..., a].set(1.0)
-        y = rotate(x, jnp.array([position]), theta=theta, pairs=pairs)[0, 0, 0]
+        tables = rope_tables(jnp.array([position]), head_dim, theta)
+        y = rotate(x, *tables, pairs=pairs)[0, 0, 0]
         angle = position * theta ** (-2 * i / head_dim)
         expected = jnp.zeros(head_dim).at[a].set(jnp.cos(angle))
         assert jnp.allclose(y, expected.at[b].set(jnp.sin(angle)), atol=1e-6)

@@ -15,6 +15,7 @@ from jaxeff.models import (
     init_cache,
     load_resnet20,
     load_stories260k,
+    rope_tables,
     rotate,
     Tokenizer,
 )
@@ -67,7 +68,8 @@ def _llama2c_logits(w, sizes, tokens):
 
             def turned(v, position=position):
                 v = jnp.asarray(v.reshape(1, 1, -1, head_dim))
-                return np.asarray(rotate(v, jnp.array([position])))[0, 0]
+                tables = rope_tables(jnp.array([position]), head_dim)
+                return np.asarray(rotate(v, *tables))[0, 0]
 
             q, k = turned(w["wq"][i] @ y), turned(w["wk"][i] @ y)
             keys[i].append(k)
