@@ -3,6 +3,7 @@
 from .call import Call as Call
 from .costs import Cost as Cost, Costs as Costs
 from .couplings import Coupling as Coupling, Couplings as Couplings
+from .functional import functional as functional
 from .interpret import (
     bind as bind,
     bodies as bodies,
@@ -28,9 +29,11 @@ from .lift import (
 from .observe import observe as observe, Observed as Observed
 from .resize import (
     keep_indices as keep_indices,
+    like as like,
     make_plan as make_plan,
     Plan as Plan,
     resize as resize,
 )
+from .saved import describe as describe, rebuild as rebuild
 from .sites import Site as Site
 from .trace import Program as Program, trace as trace

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from jaxeff import tree
+
 from .interpret import Interpreter
 from .leaf import is_leaf, shapes
 

@@ -197,7 +197,8 @@ def factor(d: Dim, minor: int) -> tuple[Dim, Dim] | None:
     halves = [factor(part, minor) for part in d.parts]
     if any(h is None for h in halves):
         return None
-    majors, minors = zip(*halves)  # ty: ignore
+    majors = [h[0] for h in halves if h is not None]
+    minors = [h[1] for h in halves if h is not None]
     for m in minors[1:]:
         unite(minors[0], m, lambda: "parts of a concatenation are cut alike")
     return concat(majors), minors[0]

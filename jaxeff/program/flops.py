@@ -61,7 +61,12 @@ def _conv_flops(eqn: JaxprEqn) -> int:
     numbers = p["dimension_numbers"]
     positions = 1
     for i, (xd, wd, od) in enumerate(
-        zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:])
+        zip(
+            numbers.lhs_spec[2:],
+            numbers.rhs_spec[2:],
+            numbers.out_spec[2:],
+            strict=True,
+        )
     ):
         positions *= _valid_positions(
             x.shape[xd],

@@ -272,49 +272,66 @@ class Interpreter:
         consts = args[:n]
         carry, xs = [self.plain(x) for x in args[n : n + m]], args[n + m :]
 
-        def step(carry, xs):
+        def step(consts, carry, xs):
             run = self._collecting(
                 lambda *a: [self.plain(y) for y in self.run(body.jaxpr, a, body.where)]
             )
             outs, emitted = run(*consts, *carry, *xs)
-            return self.carried(outs[:m], carry), (outs[m:], emitted)
+            return outs[:m], (outs[m:], emitted)
+
+        def turn(consts, carry, xs):
+            return jax.eval_shape(lambda *a: step(consts, *a)[0], carry, _first(xs))
+
+        consts, carry, xs = self.loop(turn, consts, carry, xs)
+
+        def scanned(carry, xs):
+            new, out = step(consts, carry, xs)
+            return _like(new, carry), out
 
         params = {k: eqn.params[k] for k in ("length", "reverse", "unroll")}
-        carry = self.initial(lambda c: jax.eval_shape(step, c, _first(xs))[0], carry)
-        carry, (ys, emitted) = jax.lax.scan(step, carry, xs, **params)
+        carry, (ys, emitted) = jax.lax.scan(scanned, carry, xs, **params)
         self._emitted.update(emitted)
         return [*carry, *ys]
 
     def _while(self, eqn, args, where):
         test, body = bodies(eqn, where)
         n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        test_consts, consts = args[:n], args[n : n + m]
         carry = [self.plain(x) for x in args[n + m :]]
 
-        def go_on(carry):
+        # What is emitted in a loop has no place to go: the number of turns is
+        # unknown, so there is no array to stack it in.
+        def go_on(consts, carry):
             run = self._collecting(
-                lambda: self.run(test.jaxpr, [*test_consts, *carry], test.where)
+                lambda: self.run(test.jaxpr, [*consts[:n], *carry], test.where)
             )
             return self.plain(run()[0][0])
 
-        def step(carry):
-            # What is emitted here has no place to go: the number of turns is
-            # unknown, so there is no array to stack it in.
+        def step(consts, carry):
             run = self._collecting(
-                lambda: self.run(body.jaxpr, [*consts, *carry], body.where)
+                lambda: self.run(body.jaxpr, [*consts[n:], *carry], body.where)
             )
-            return self.carried([self.plain(y) for y in run()[0]], carry)
+            return [self.plain(y) for y in run()[0]]
 
-        carry = self.initial(lambda c: jax.eval_shape(step, c), carry)
-        return jax.lax.while_loop(go_on, step, carry)
+        def turn(consts, carry, xs):
+            both = lambda carry: (go_on(consts, carry), step(consts, carry))[1]
+            return jax.eval_shape(both, carry)
 
-    def carried(self, new: list[Any], old: list[Any]) -> list[Any]:
-        """A loop's carry after a turn, made to fit the carry before it."""
-        return new
+        consts, carry, _ = self.loop(turn, args[: n + m], carry, [])
+        return jax.lax.while_loop(
+            lambda carry: go_on(consts, carry),
+            lambda carry: _like(step(consts, carry), carry),
+            carry,
+        )
 
-    def initial(self, turn: Callable, carry: list[Any]) -> list[Any]:
-        """A loop's first carry, made to fit what a turn of the loop makes of it."""
-        return carry
+    def loop(
+        self, turn: Callable, consts: list[Any], carry: list[Any], xs: list[Any]
+    ) -> tuple[list[Any], list[Any], list[Any]]:
+        """A loop's operands, made to fit what a turn of the loop makes of them.
+
+        `turn(consts, carry, xs)` gives the shapes of the next carry; each turn's
+        carry is cast to the dtypes of the first.
+        """
+        return consts, carry, xs
 
     def _cond(self, eqn, args, where):
         index, operands = self.plain(args[0]), args[1:]
@@ -328,7 +345,9 @@ class Interpreter:
         branches = [branch(body) for body in bodies(eqn, where)]
         shapes = [jax.eval_shape(b, *operands) for b in branches]
         every = {k: s for _, emitted in shapes for k, s in emitted.items()}
-        types = [_common_type(ys) for ys in zip(*(outs for outs, _ in shapes))]
+        types = [
+            _common_type(ys) for ys in zip(*(outs for outs, _ in shapes), strict=True)
+        ]
 
         def same_outputs(b):
             def run(*xs):
@@ -368,14 +387,20 @@ class Interpreter:
             return bind(eqn, args)
         body = bodies(eqn, where)[0]
         inexact = [_is_inexact(v) for v in eqn.invars]
-        fn = jax.custom_jvp(lambda *xs: tuple(self.run(body.jaxpr, xs, body.where)))
+
+        def run(*xs):
+            return tuple(map(self.plain, self.run(body.jaxpr, xs, body.where)))
+
+        fn = jax.custom_jvp(run)
 
         @fn.defjvp
         def jvp(primals, tangents):
             rule = _jvp_program(eqn)
             tangents = [t for t, f in zip(tangents, inexact, strict=True) if f]
             outs = self.run(rule, [*primals, *tangents], (*where, "jvp"))
+            outs = [self.plain(y) for y in outs]
             outs, given = outs[: len(eqn.outvars)], iter(outs[len(eqn.outvars) :])
+            outs = _like(outs, jax.eval_shape(run, *primals))
             tangents = [
                 next(given) if _is_inexact(v) else np.zeros(y.shape, jax.dtypes.float0)
                 for v, y in zip(eqn.outvars, outs, strict=True)
@@ -393,7 +418,9 @@ class Interpreter:
         if self.keeps_types(eqn, args, where):
             return bind(eqn, args)
         body = bodies(eqn, where)[0]
-        fn = jax.custom_vjp(lambda *xs: tuple(self.run(body.jaxpr, xs, body.where)))
+        fn = jax.custom_vjp(
+            lambda *xs: tuple(map(self.plain, self.run(body.jaxpr, xs, body.where)))
+        )
 
         def forward(*xs):
             return fn(*xs), xs
@@ -405,7 +432,8 @@ class Interpreter:
                 for v, c in zip(eqn.outvars, cotangents, strict=True)
                 if _is_inexact(v)
             ]
-            outs = iter(self.run(_vjp_program(eqn), [*xs, *given], (*where, "vjp")))
+            outs = self.run(_vjp_program(eqn), [*xs, *given], (*where, "vjp"))
+            outs = iter([self.plain(y) for y in outs])
             return tuple(
                 _as_type(next(outs), x.dtype) if _is_inexact(v) else None
                 for v, x in zip(eqn.invars, xs, strict=True)
@@ -424,6 +452,11 @@ def _first(xs: list[Any]) -> list[Any]:
 def _common_type(xs: Sequence[Any]) -> Any:
     same = all(x.dtype == xs[0].dtype for x in xs)  # keys have no common type
     return xs[0].dtype if same else jnp.result_type(*xs)
+
+
+def _like(new: Sequence[Any], old: Sequence[Any]) -> list[Any]:
+    """Values in the dtypes of others."""
+    return [_as_type(x, y.dtype) for x, y in zip(new, old, strict=True)]
 
 
 def _as_type(x: Any, dtype: Any) -> Any:

@@ -11,7 +11,7 @@ so nothing static in a leaf may count dims from the front.
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +156,12 @@ class Leaf(abc.ABC):
     not declined, equals the same operation on `dense()` up to the rounding that
     the leaf's own format documents.
     """
+
+    kinds: ClassVar[dict[str, type["Leaf"]]] = {}  # by name, as checkpoints name them
+
+    def __init_subclass__(cls) -> None:
+        """Makes the kind known by its name."""
+        Leaf.kinds[cls.__name__] = cls
 
     @property
     @abc.abstractmethod

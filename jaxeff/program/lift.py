@@ -95,12 +95,15 @@ class Lifting(Interpreter):
         self.ran: dict[Where, bool] = {}  # whether the leaf did it natively
 
     def plain(self, x: Any) -> Any:
+        """A leaf's dense array."""
         return x.dense() if is_leaf(x) else x
 
     def opens(self, eqn: JaxprEqn, args: list[Any]) -> bool:
+        """A body that no leaf enters runs whole."""
         return any(map(is_leaf, args))
 
     def equation(self, eqn: JaxprEqn, args: list[Any], where: Where) -> list | None:
+        """A leaf's own way to do it, or the same on its dense array."""
         if not any(map(is_leaf, args)) or rebuilt(eqn.primitive.name):
             return None
         rule = _RULES.get(eqn.primitive.name)

@@ -12,6 +12,7 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array, PyTree
 
 from jaxeff import tree
+
 from .call import Call
 from .interpret import Where
 from .lift import Lifting, unlift

@@ -21,11 +21,13 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jaxtyping import Bool, PyTree
 
 from jaxeff import tree
+
 from .call import Call
 from .couplings import Couplings
 from .dims import Conflict, cut, Dim, expression, find, fix, from_expression, new_size
 from .interpret import Interpreter, Where
 from .leaf import is_leaf
+from .lift import lift, Lifted
 from .rules import conv_groups, cut_out, Dims
 from .solve import Solver
 
@@ -154,7 +156,7 @@ class Resized:
         """`fn` on the small weights."""
         full = jax.tree_util.tree_map_with_path(self._full, params)
         call = Call(self.fn, full, args, kwargs)
-        small = Call_inputs(params, args, kwargs)
+        small = _arrays(params, args, kwargs)
         seeds = self.plan.seed()
         solver, ins = Solver(exact=False), []
         weights = zip(call.weights, call.jaxpr.jaxpr.invars, strict=True)
@@ -187,7 +189,7 @@ class Resized:
         return jax.ShapeDtypeStruct(self.plan.shape(path, new=False), x.dtype)
 
 
-def Call_inputs(params: Any, args: Sequence[Any], kwargs: dict) -> list[Any]:
+def _arrays(params: Any, args: Sequence[Any], kwargs: dict) -> list[Any]:
     """The arrays among the operands, in the order of `Call.inputs`."""
     return [
         x for x in jax.tree.leaves((params, tuple(args), kwargs)) if tree.is_array(x)
@@ -205,6 +207,20 @@ def resize(fn: Callable, plan: Plan) -> Callable:
             `fn` uses a dim that shrank in a way that needs its full size.
     """
     return Resized(fn, plan) if plan.sizes else fn
+
+
+def like(fn: Callable, other: Callable) -> Callable:
+    """Runs `other`, a function of the same weights, the way `fn` was made to run.
+
+    `other` is written for the original model; where `fn` is a shrunk or lifted
+    version of another of its functions, the result is that version of `other`:
+    the training function of a model whose evaluation was compressed.
+    """
+    if isinstance(fn, Lifted):
+        return lift(like(fn.fn, other))
+    if isinstance(fn, Resized):
+        return resize(like(fn.fn, other), fn.plan)
+    return other
 
 
 class _Resize(Interpreter):

@@ -13,7 +13,7 @@ from typing import Protocol
 from jax.extend.core import JaxprEqn
 
 from . import flops
-from .dims import concat, cut, Dim, factor, find, fix, product, unite
+from .dims import concat, cut, Dim, factor, fix, product, unite
 from .sites import reshape_groups
 from .source import source_line
 
@@ -71,7 +71,7 @@ def _same(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
 def _dot_general(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     left, right = ins
-    for i, j in (*zip(lc, rc), *zip(lb, rb)):
+    for i, j in (*zip(lc, rc, strict=True), *zip(lb, rb, strict=True)):
         unite_all(eqn, [left[i], right[j]])
     batch = [left[i] for i in lb]
     free = [d for i, d in enumerate(left) if i not in (*lc, *lb)]
@@ -91,7 +91,7 @@ def _ragged_dot(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     fix(right[groups[0]], because(eqn, "the groups of a ragged product"))
     for d in ragged:
         fix(left[d], because(eqn, "the ragged rows of a product"))
-    for i, j in zip(lc, rc):
+    for i, j in zip(lc, rc, strict=True):
         unite_all(eqn, [left[i], right[j]])
     free = [d for i, d in enumerate(left) if i not in lc]
     free += [d for j, d in enumerate(right) if j not in (*rc, *groups)]
