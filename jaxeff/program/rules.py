@@ -8,7 +8,7 @@ a random number, a position). A primitive without a rule fixes all it touches.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jax.extend.core import JaxprEqn
 
@@ -20,6 +20,7 @@ from .source import source_line
 Dims = tuple[Dim, ...]
 
 
+@runtime_checkable
 class Mode(Protocol):
     """What a rule may ask for beyond the algebra of dims."""
 
