@@ -46,7 +46,10 @@ class Energy:
 class Counter(Protocol):
     """What `EnergyMeter` needs of a counter."""
 
-    period: float | None  # poll at least this often (seconds); None: never needed
+    @property
+    def period(self) -> float | None:
+        """Seconds between polls, at most; `None` where it need not be polled."""
+        ...
 
     def start(self) -> None:
         """Begins to count."""

@@ -68,6 +68,7 @@ class EnergyMeter:
             nvml = _import_nvml()
         if visible is None:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        counters: list[Counter]
         if watts is not None:
             if watts <= 0:
                 raise ValueError(f"watts must be > 0, got {watts}.")
@@ -80,7 +81,7 @@ class EnergyMeter:
             counters = [_cpu_counter(powercap, cpuinfo, clock, cpu_clock)]
         else:
             counters = _accelerator(platform, kinds, nvml, visible, powercap, clock)
-        self._counters: list[Counter] = counters
+        self._counters = counters
         self._energy: Energy | None = None
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []

@@ -6,6 +6,7 @@ those figures at stated prices (`Profile.row`).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -187,9 +188,9 @@ _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 _SMALL = ((1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
 
 
-def quantity(value: float | None, unit: str = "") -> str:
-    """`1.23 MB` for 1,230,000 B: three digits and an SI prefix; `–` for `None`."""
-    if value is None or value != value:
+def quantity(value: float | int | None, unit: str = "") -> str:
+    """`1.23 MB` for 1,230,000 B: three digits, an SI prefix; `–` where unknown."""
+    if value is None or not math.isfinite(value):
         return "–"
     for size, prefix in _PREFIXES + _SMALL:
         if abs(value) >= size * 0.9995:
@@ -229,7 +230,7 @@ def comparison_table(profiles: Sequence[Profile], *, title: str = "Cost") -> Tab
     return table
 
 
-def _ratio(value: float | None, first: float | None) -> str:
+def _ratio(value: float | int | None, first: float | int | None) -> str:
     return f"x {value / first:.3g}" if value is not None and first else ""
 
 

@@ -213,6 +213,17 @@ def test_without_an_energy_counter_power_is_integrated(machine, clock):
     assert "power x time" in meter.energy.method
 
 
+def test_power_is_read_on_the_way_not_only_at_the_ends(machine):
+    machine["clock"] = time.perf_counter
+    nvml = FakeNvml(machine["clock"], [0.0], energy=False)
+    with gpu(machine, nvml) as meter:
+        time.sleep(0.05)
+        nvml.watts = [1000.0]  # a burst that both ends miss
+        time.sleep(0.3)
+        nvml.watts = [0.0]
+    assert 100 < meter.energy.joules < 600
+
+
 @pytest.mark.parametrize(
     "options, reason",
     [
