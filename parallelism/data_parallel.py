@@ -15,6 +15,8 @@ whole batch, not over one device's part of it.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import jax.random as jr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 
@@ -23,7 +25,13 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
     With several processes, each passes the same values.
     """
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    # Keys go as the integers they are made of: JAX does not copy a key to the devices
+    # of other processes.
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    raw = jax.tree.map(lambda x: jr.key_data(x) if is_key(x) else x, tree)
+    raw = jax.device_put(raw, NamedSharding(mesh, P()))
+    wrap = lambda x, y: jr.wrap_key_data(y, impl=jr.key_impl(x)) if is_key(x) else y
+    return jax.tree.map(wrap, tree, raw)
 
 
 def batch_sharding(mesh: Mesh, batch_size: int | None = None) -> NamedSharding:

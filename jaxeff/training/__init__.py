@@ -6,10 +6,16 @@ from .checkpoint import (
     load_params as load_params,
     save_params as save_params,
 )
+from .classifier import (
+    accuracy_of as accuracy_of,
+    classification_loss as classification_loss,
+    forms as forms,
+)
 from .evaluate import accuracy as accuracy
 from .loop import fit as fit, NonFiniteLoss as NonFiniteLoss
 from .metrics import Metrics as Metrics, read_metrics as read_metrics
 from .progress import Progress as Progress
+from .saved_models import load_model as load_model, save_model as save_model
 from .step import (
     all_finite as all_finite,
     Aux as Aux,

@@ -10,7 +10,7 @@ temporary folder and renames it, so what has its final name is whole.
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,7 @@ class Checkpoints:
         """Waits, then stops the background threads."""
         self._manager.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 
@@ -67,7 +67,7 @@ class Metrics:
             if file is not None:
                 file.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Self
 
 import jax
 from rich.console import Console
@@ -105,7 +104,7 @@ class Progress:
             )
         return said
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         if self._bar is not None:
             self._bar.start()
         return self

@@ -1,0 +1,210 @@
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+from jaxeff.training import all_finite, Aux, init_state, make_train_step
+from jaxeff.tree import pytree
+from tests.training.small import make_loss, Net, small_run, TRAINABLE, TX, variables
+
+
+def same(a, b):
+    same_leaf = lambda x, y: x.dtype == y.dtype and bool(jnp.array_equal(x, y))
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        jax.tree.leaves(jax.tree.map(same_leaf, a, b))
+    )
+
+
+def test_steps_are_those_of_a_hand_written_loop_bit_for_bit():
+    step, state, data = small_run()
+    loss = make_loss(Net())
+    params, stats = variables()["params"], variables()["batch_stats"]
+    opt_state, key = TX.init(params), jr.key(1)
+
+    @jax.jit
+    def by_hand(params, stats, opt_state, n, batch):
+        def objective(params):
+            both = {"params": params, "batch_stats": stats}
+            value, aux = loss(both, batch, jr.fold_in(key, n))
+            return value, aux.updates["batch_stats"]
+
+        (value, new), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        updates, opt_state = TX.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), new, opt_state, value
+
+    for n, batch in zip(range(5), data(0), strict=False):
+        state, metrics = step(state, batch)
+        params, stats, opt_state, value = by_hand(params, stats, opt_state, n, batch)
+        assert jnp.array_equal(metrics["loss"], value)
+    assert same(state.params, {"batch_stats": stats, "params": params})
+    assert int(state.step) == 5
+
+
+def test_a_run_traces_its_loss_once():
+    _, state, data = small_run()
+    traces = []
+
+    def loss(*args):
+        traces.append(1)
+        return make_loss(Net())(*args)
+
+    step = make_train_step(loss, TX, trainable=TRAINABLE)
+    for _, batch in zip(range(3), data(0), strict=False):
+        state, _ = step(state, batch)
+    assert len(traces) == 1
+
+
+def quadratic(params, batch, key):
+    del batch, key
+    floats = [
+        x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.inexact)
+    ]
+    return sum(jnp.sum(x**2) for x in floats), Aux()
+
+
+def test_what_is_frozen_or_integer_stays_and_costs_no_optimizer_state():
+    params = {
+        "base": {"kernel": jnp.ones(3)},
+        "head": {"kernel": jnp.ones(3), "count": jnp.arange(4)},
+    }
+    tx = optax.adam(0.1)
+    state = init_state(params, tx, jr.key(0), trainable="head/**")
+    assert sum(x.size for x in jax.tree.leaves(state.opt_state)) == 1 + 3 + 3
+    state, _ = make_train_step(quadratic, tx, trainable="head/**")(state, None)
+    assert same(state.params["base"], params["base"])
+    assert same(state.params["head"]["count"], params["head"]["count"])
+    assert jnp.all(state.params["head"]["kernel"] < 1)
+
+
+def test_donation_never_takes_the_callers_arrays():
+    w, key = jnp.ones(3), jr.key(0)
+    params = {"a": w, "tied": w}
+    state = init_state(params, optax.sgd(0.1), key)
+    new, _ = make_train_step(quadratic, optax.sgd(0.1))(state, None)
+    assert jnp.array_equal(w, jnp.ones(3))
+    assert not key.is_deleted()
+    assert state.params["a"].is_deleted() and not new.params["a"].is_deleted()
+
+
+def test_each_step_draws_from_a_key_of_its_own_and_the_state_decides_it():
+    def noise(params, batch, key):
+        return jnp.sum(params["w"]), Aux({"noise": jr.normal(key)})
+
+    params, tx = {"w": jnp.ones(2)}, optax.sgd(0.1)
+    step = make_train_step(noise, tx)
+    runs = []
+    for _ in range(2):
+        state, seen = init_state(params, tx, jr.key(3)), []
+        for _ in range(3):
+            state, metrics = step(state, None)
+            seen.append(float(metrics["noise"]))
+        runs.append(seen)
+    assert runs[0] == runs[1] and len(set(runs[0])) == 3
+
+
+def returning(updates):
+    return lambda params, batch, key: (jnp.sum(params["w"] ** 2), Aux(updates=updates))
+
+
+def step_with(loss):
+    params = {"w": jnp.ones(2), "stats": jnp.zeros(2)}
+    tx = optax.sgd(0.1)
+    return make_train_step(loss, tx)(init_state(params, tx, jr.key(0)), None)
+
+
+def test_updates_replace_entries_of_params():
+    state, _ = step_with(returning({"stats": jnp.full(2, 7.0)}))
+    assert jnp.array_equal(state.params["stats"], jnp.full(2, 7.0))
+
+
+@pytest.mark.parametrize(
+    ("updates", "said"),
+    [
+        ({"state": jnp.zeros(2)}, r"has \['stats', 'w'\], but the loss updates"),
+        ({"stats": jnp.zeros(3)}, r"turns stats from float32\[2\] into float32\[3\]"),
+        ({"stats": jnp.zeros(2, int)}, r"into int32\[2\]"),
+    ],
+)
+def test_an_update_that_fits_no_entry_is_an_error(updates, said):
+    with pytest.raises(ValueError, match=said):
+        step_with(returning(updates))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda params, batch, key: jnp.sum(params["w"]),
+        lambda params, batch, key: (params["w"], Aux()),
+        lambda params, batch, key: (jnp.sum(params["w"]), {}),
+    ],
+)
+def test_a_loss_of_another_form_is_an_error(loss):
+    with pytest.raises(ValueError, match=r"a loss returns \(scalar, Aux"):
+        step_with(loss)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+    with pytest.raises(ValueError, match=r"'weights/\*\*' matches none"):
+        init_state(variables(), TX, jr.key(0), trainable="weights/**")
+
+
+@pytree
+class PowerOfTwo:
+    """A scaler that halves its scale at each overflow."""
+
+    factor: jax.Array
+
+    def scale(self, loss):
+        return loss * self.factor
+
+    def unscale(self, grads):
+        return jax.tree.map(lambda g: g / self.factor, grads)
+
+    def adjust(self, finite):
+        return PowerOfTwo(jnp.where(finite, self.factor, self.factor / 2))
+
+
+def test_scaling_the_loss_changes_only_the_rounding(getkey):
+    def loss(params, batch, key):
+        return jnp.mean((batch @ params["w"] - 1) ** 2), Aux()
+
+    tx = optax.sgd(0.1)
+    step, x = make_train_step(loss, tx), jr.normal(getkey(), (16, 4))
+    ends = []
+    for scaler in (None, PowerOfTwo(jnp.float32(2.0**10))):
+        state = init_state({"w": jnp.ones(4)}, tx, getkey(), scaler=scaler)
+        for _ in range(5):
+            state, metrics = step(state, x)
+        ends.append((state.params["w"], metrics["loss"]))
+    (w, value), (scaled_w, scaled_value) = ends
+    assert jnp.allclose(w, scaled_w, rtol=1e-6)
+    assert jnp.allclose(value, scaled_value, rtol=1e-6)
+
+
+def test_a_step_with_an_infinite_gradient_changes_only_scale_and_count():
+    def loss(params, batch, key):
+        # The gradient of sqrt is infinite at 0, though the loss is finite.
+        return jnp.sum(jnp.sqrt(params["w"] * batch)), Aux(updates={"n": jnp.ones(1)})
+
+    params, tx = {"w": jnp.ones(2), "n": jnp.zeros(1)}, optax.adam(0.1)
+    step = make_train_step(loss, tx)
+    scaler = PowerOfTwo(jnp.float32(8))
+    first = init_state(params, tx, jr.key(0), scaler=scaler)
+    before = jax.tree.map(jnp.copy, first)
+    after, metrics = step(first, jnp.zeros(2))
+    assert bool(metrics["skipped"]) and jnp.isfinite(metrics["loss"])
+    assert same(after.params, before.params)
+    assert same(after.opt_state, before.opt_state)
+    assert int(after.step) == 1 and float(after.scaler.factor) == 4
+    moved, metrics = step(after, jnp.ones(2))
+    assert not metrics["skipped"] and not same(moved.params, before.params)
+    assert float(moved.scaler.factor) == 4
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_all_finite_sees_one_bad_entry_in_any_float_array(bad):
+    good = {"a": jnp.ones(3), "b": jnp.ones((2, 2), jnp.bfloat16), "i": jnp.arange(3)}
+    assert all_finite(good)
+    assert not all_finite(good | {"b": good["b"].at[1, 0].set(bad)})
