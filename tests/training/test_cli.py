@@ -1,0 +1,106 @@
+import dataclasses
+from typing import Literal
+
+import pytest
+
+from jaxeff.training.cli import join_processes, main, parse
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Does nothing."""
+
+    model: Literal["mlp", "cnn"] = "mlp"
+    """which network"""
+    steps: int | None = None
+    """in all"""
+    batch_size: int = 64
+    """examples"""
+
+
+def error_of(capsys, run, *args):
+    with pytest.raises(SystemExit) as stop:
+        main(run, Config, args=args)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_the_options_are_the_fields_of_the_dataclass():
+    assert parse(Config, args=[]) == Config()
+    given = ["--model", "cnn", "--steps", "7", "--batch-size=3"]
+    assert parse(Config, args=given) == Config(model="cnn", steps=7, batch_size=3)
+
+
+def test_help_names_each_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(print, Config, args=["--help"], description="Trains.")
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    for words in ("Trains.", "--model", "which network", "(default: 64)", "examples"):
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--batchsize", "3"], "no option --batchsize. Did you mean --batch-size?"),
+        (["--batchsize=3"], "no option --batchsize. Did you mean --batch-size?"),
+        (["--zzz"], "no option --zzz. --help lists the 3 options"),
+        (["cnn"], "'cnn' stands alone"),
+        (["--model", "rnn"], "invalid choice 'rnn' for argument '--model'"),
+        (["--batch-size", "x"], "invalid literal for int() with base 10: 'x'"),
+        (["--steps", "x"], "--steps: no type matching {None}|INT"),
+        (["--steps"], "Missing value for argument '--steps'"),
+    ],
+)
+def test_a_bad_option_is_one_line_and_status_2(capsys, monkeypatch, args, words):
+    monkeypatch.setenv("COLUMNS", "50")  # the line is whole in any terminal
+    assert words in error_of(capsys, print, *args)
+
+
+@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError])
+def test_an_error_of_the_library_is_one_line_and_status_2(capsys, kind):
+    def run(config):
+        raise kind("the rule,\n  the numbers,\n  the way out")
+
+    assert error_of(capsys, run) == "error: the rule, the numbers, the way out\n"
+
+
+def test_a_bug_keeps_its_traceback(capsys, monkeypatch):
+    def bug(config):
+        raise TypeError("a bug")
+
+    with pytest.raises(TypeError, match="a bug"):
+        main(bug, Config, args=[])
+
+    def bad(config):
+        raise ValueError("bad input")
+
+    monkeypatch.setenv("JAXEFF_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="bad input"):
+        main(bad, Config, args=[])
+
+
+def test_ctrl_c_ends_with_the_status_a_shell_expects(capsys):
+    def run(config):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        main(run, Config, args=[])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_one_process_joins_nothing():
+    assert not join_processes({})
+    assert not join_processes({"SLURM_NTASKS": "1", "SLURM_LOCALID": "0"})
+    assert not join_processes({"TPU_WORKER_HOSTNAMES": "one"})
+
+
+def test_half_a_description_of_the_job_is_an_error():
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID, but the last two .*'2' .*''"):
+        join_processes(
+            {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2"}
+        )
