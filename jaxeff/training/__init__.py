@@ -9,6 +9,7 @@ from .checkpoint import (
 from .classifier import (
     accuracy_of as accuracy_of,
     classification_loss as classification_loss,
+    classifier as classifier,
     forms as forms,
 )
 from .evaluate import accuracy as accuracy

@@ -14,6 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Key, PyTree
 
 from jaxeff.data import Batch
+from jaxeff.distillation import Answer, Forward
 
 from .step import Aux, Loss
 
@@ -44,21 +45,36 @@ def accuracy_of(logits: Float[Array, "batch classes"], labels: Array) -> Array:
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
 
-def classification_loss(train_fn: TrainFn, *, augment: Augment | None = None) -> Loss:
-    """Cross-entropy with the labels, averaged over the batch, in nats.
+def classifier(train_fn: TrainFn, *, augment: Augment | None = None) -> Forward:
+    """What a model makes of a batch of images and labels, for a loss.
 
     Args:
         train_fn: from `forms`, or `program.like(..., train_fn)`.
         augment: changes the images, with the step's key.
+
+    Returns:
+        `forward(params, batch, key) -> Answer`: its `loss` is the cross-entropy
+        with the labels, averaged over the batch, in nats.
     """
 
-    def loss(params: PyTree, batch: Batch, key: Array) -> tuple[Array, Aux]:
+    def forward(params: PyTree, batch: Batch, key: Array) -> Answer:
         images = batch.images if augment is None else augment(key, batch.images)
         logits, updates = train_fn(params, images)
         # A loss is summed in float32, whatever the model computes in.
         logits = logits.astype(jnp.float32)
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         metrics = {"accuracy": accuracy_of(logits, batch.labels)}
-        return jnp.mean(nats), Aux(metrics, updates)
+        return Answer(logits, (images,), jnp.mean(nats), Aux(metrics, updates))
+
+    return forward
+
+
+def classification_loss(train_fn: TrainFn, *, augment: Augment | None = None) -> Loss:
+    """Cross-entropy with the labels; arguments as for `classifier`."""
+    forward = classifier(train_fn, augment=augment)
+
+    def loss(params: PyTree, batch: Batch, key: Array) -> tuple[Array, Aux]:
+        answer = forward(params, batch, key)
+        return answer.loss, answer.aux
 
     return loss
