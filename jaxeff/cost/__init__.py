@@ -26,6 +26,7 @@ from .hardware import (
     mfu as mfu,
     transformer_training_flops as transformer_training_flops,
 )
+from .layers import layer_costs as layer_costs
 from .memory import (
     count_parameters as count_parameters,
     device_memory as device_memory,

@@ -7,6 +7,7 @@ at most since the process began (`device_memory`, from the allocator).
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxeff.program.leaf import is_leaf, Leaf
+from jaxeff.program import is_leaf, Leaf
 from jaxeff.tree import is_array
 
 
@@ -24,6 +25,7 @@ class Memory:
 
     bytes: int | None
     method: str
+    compiler_peak: int | None = None  # `peak_memory_in_bytes`, where there is one
 
 
 def count_parameters(params: PyTree) -> int:
@@ -31,10 +33,18 @@ def count_parameters(params: PyTree) -> int:
 
     A factored weight counts its factors, for they are what is left of it. A
     quantized weight counts the weights it stands for: four bits instead of 32
-    make a parameter smaller, not fewer (and its scales are no parameters).
+    make a parameter smaller, not fewer (and its scales are no parameters). Of
+    Linen's variables, those in `params` count: running statistics do not.
     """
+    if is_variables(params):
+        params = params["params"]
     leaves = jax.tree.leaves(params, is_leaf=is_leaf)
     return sum(_count(x) for x in leaves)
+
+
+def is_variables(params: PyTree) -> bool:
+    """Whether these are Linen's variables, with `params` and other collections."""
+    return isinstance(params, Mapping) and "params" in params
 
 
 def _count(x: Any) -> int:
@@ -66,18 +76,15 @@ def peak_memory(compiled: Any) -> Memory:
     stats = analyse()
     if stats is None:
         return Memory(None, "the backend gives no memory analysis")
-    peak = getattr(stats, "peak_memory_in_bytes", 0)
     total = (
         stats.argument_size_in_bytes
         + stats.output_size_in_bytes
         + stats.temp_size_in_bytes
         - stats.alias_size_in_bytes
     )
-    # Some backends leave the peak at 0, or leave the arguments out of it.
-    floor = stats.argument_size_in_bytes + stats.output_size_in_bytes
-    if peak >= floor - stats.alias_size_in_bytes and peak > 0:
-        return Memory(int(peak), "compiler's plan: peak of live buffers")
-    return Memory(int(total), "compiler's plan: argument + output + temp - alias")
+    # Not `peak_memory_in_bytes` alone: on the CPU it leaves the temporaries out.
+    peak = getattr(stats, "peak_memory_in_bytes", 0) or None
+    return Memory(int(total), "compiler's plan: argument + output + temp - alias", peak)
 
 
 def device_memory(device: Any = None) -> Memory:

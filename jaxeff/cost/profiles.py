@@ -36,7 +36,7 @@ class Profile:
     parameters: int
     bytes: int  # the parameters, as they are stored
     flops: int  # of one call, counted on the program; a multiply-add is 2
-    bytes_moved: int  # of one call: operands read, results written
+    bytes_moved: int  # of one call, if nothing were fused: an upper bound
     memory: Memory  # peak of one call
     latency: Latency  # seconds of one call
     energy: Energy | None  # of one call

@@ -23,7 +23,7 @@ _LAYER_PLOTS = (
     ("bytes", "Bytes", "B"),
     ("flops", "FLOPs per prediction", ""),
 )
-_MOST_LAYERS = 16
+_MOST_LAYERS = 24
 
 
 def row_scatter(rows: Sequence[Row], key: str, title: str, unit: str) -> Scatter | None:
@@ -131,7 +131,7 @@ def layer_bars(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
 def _pair(
     before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], key: str
 ) -> list[Bar]:
-    """The layers side by side by path; small ones beyond the sixteenth as one."""
+    """The layers side by side by path; the smallest together as one bar."""
     values: dict[str, list[float]] = {}
     for i, layers in enumerate((before, after)):
         for layer in layers:

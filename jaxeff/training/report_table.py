@@ -113,7 +113,9 @@ def _cells(row: Row, first: Row) -> list[tuple[str, str, str, str]]:
         if row is first:
             return shown, "", "", span
         ratio = factor(row, first, key) or 1.0
-        kind = "good" if ratio > 1.005 else "bad" if ratio < 0.995 else ""
+        # Within a few per cent a measured figure is neither better nor worse.
+        same = 1.005 if key in ("parameters", "bytes", "flops") else 1.05
+        kind = "good" if ratio > same else "bad" if ratio < 1 / same else ""
         return shown, comparison(row, first, key), kind, span
 
     std = number(row.get("accuracy_std"))

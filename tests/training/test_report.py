@@ -62,7 +62,7 @@ def results():
         (0.969, 79_000, 12_600_000, 5.2e-3),
         (0.974, 41_000, 3_300_000, 1.2e-3),
     ]
-    paths = [f"params/Block_{i}/Conv_{j}/kernel" for i in range(12) for j in range(2)]
+    paths = [f"params/Block_{i}/Conv_{j}/kernel" for i in range(14) for j in range(2)]
     return {
         "title": "Digits",
         "date": "2025-06-01",
@@ -310,16 +310,25 @@ def test_bars_are_as_long_as_what_they_stand_for(results):
     assert max(float(r.get("y")) + 9 for r in root.iter("rect")) <= height
 
 
-def test_layers_beyond_the_sixteenth_are_one_bar_that_holds_the_rest(results):
+def test_the_smallest_of_many_layers_are_one_bar_that_holds_their_sum(results):
     page = report_html(results)
     figure = re.search(r"<h3>Parameters</h3>.*?</svg>", page, re.DOTALL).group()
     root = ElementTree.fromstring(figure.split("</h3>")[1].strip())
     names = [t.text for t in root.iter(f"{SVG}text") if t.get("class") == "name"]
-    assert len(names) == 16 and names[-1] == "9 smaller layers"
-    assert "Block_11/Conv_1/kernel" in names
+    assert len(names) == 24 and names[-1] == "5 smaller layers"
+    assert "Block_13/Conv_1/kernel" in names
     assert not any(n.startswith("params/") for n in names)
-    # 24 layers of 250 (i + 1) parameters: the nine smallest sum to 250 * 45.
-    assert "11.2 k → 2.81 k" in figure
+    # Of 28 layers of 250 (i + 1) parameters the five smallest sum to 250 * 15.
+    assert "3.75 k → 936" in figure
+
+
+def test_a_difference_within_the_noise_is_neither_good_nor_bad(results):
+    dense, other = results["rows"][0], results["rows"][1]
+    other["latency_s"] = 1.02 * dense["latency_s"]
+    assert '"bad">1.02× slower' not in report_html(results)
+    assert "1.02× slower" in report_html(results)
+    other["latency_s"] = 1.2 * dense["latency_s"]
+    assert '"bad">1.20× slower' in report_html(results)
 
 
 @given(st.text("abcdefg/_0123456789", min_size=1, max_size=80), st.floats(40, 300))
