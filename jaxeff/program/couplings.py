@@ -59,6 +59,24 @@ class Couplings(Sequence[Coupling]):
         """Those from which indices can be removed."""
         return [c for c in self.all if not c.frozen]
 
+    def describe(self, d: Dim) -> str:
+        """A dim in words: its size and what it is made of, `64 c3 x c4*`.
+
+        `x` joins factors, `+` parts one after another; `*` marks what is frozen.
+        """
+        names = {find(c.atom): c.name + "*" * c.frozen for c in self.all}
+
+        def spell(d: Dim) -> str:
+            d = find(d)
+            if d.kind == "atom":
+                return names.get(d, str(d.size))
+            inner = [spell(p) for p in d.parts]
+            inner = [f"({s})" if " " in s else s for s in inner]
+            return {"cat": " + ", "prod": " x "}[d.kind].join(inner)
+
+        d = find(d)
+        return "1" if d.size == 1 else f"{d.size} {spell(d)}"
+
     def of(self, path: str) -> list[Coupling]:
         """The couplings that a weight is a member of."""
         return [c for c in self.all if any(p == path for p, _ in c.members)]

@@ -50,19 +50,10 @@ class Program:
 
     def __str__(self) -> str:
         """A table of the weights: shape, what they cost, and how they couple."""
-        of = {}
-        for c in self.couplings:
-            for path, d in c.members:
-                of.setdefault(path, {}).setdefault(d, []).append(
-                    c.name + ("*" if c.frozen else "")
-                )
         rows = []
         for path, aval in self.shapes.items():
             cost = self.costs.weights.get(path)
-            dims = [
-                f"{n}:{'.'.join(of.get(path, {}).get(d, ['-']))}"
-                for d, n in enumerate(aval.shape)
-            ]
+            dims = map(self.couplings.describe, self.couplings.dims[path])
             rows.append(
                 (
                     path,
@@ -94,7 +85,7 @@ class Program:
         free = len(self.couplings.free)
         note = (
             f"{len(self.sites)} sites; {len(self.couplings)} couplings, {free} free "
-            "(* frozen: `print(program.couplings)` says why)"
+            "(* frozen: `print(program.couplings)` says why; x: heads of a dim and so on)"
         )
         return f"{table(head, rows)}\n{note}"
 
