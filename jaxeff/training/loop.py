@@ -113,24 +113,30 @@ def fit(
             queued.append((n, jax.tree.leaves(batch)[0].shape[0], values))
             save_to = checkpoint if due(n, checkpoint_every) else None
             evaluate = eval_fn if due(n, eval_every) else None
-            pause = save_to is not None or evaluate is not None or n == steps
             # A state is saved only when every loss up to it is known to be finite.
+            pause = save_to is not None or evaluate is not None or n == steps
             while len(queued) > (0 if pause else LAG):
                 log.step(*queued.popleft())
-            with shown.pause():
-                if save_to is not None:
-                    # A finite loss may have had an infinite gradient.
-                    if not _finite(state.params):
-                        raise NonFiniteLoss("a weight is not finite", n, checkpoint)
-                    save_to.save(state)
-                if evaluate is not None:
-                    log.evaluation(n, evaluate(state.params))
+            if pause:
+                with shown.pause():
+                    _save(save_to, state, n)
+                    if evaluate is not None:
+                        log.evaluation(n, evaluate(state.params))
     if checkpoint is not None:
         checkpoint.wait()
     return state
 
 
 _finite = jax.jit(all_finite)
+
+
+def _save(checkpoint: Checkpoints | None, state: TrainState, n: int) -> None:
+    if checkpoint is None:
+        return
+    # A finite loss may have had an infinite gradient.
+    if not _finite(state.params):
+        raise NonFiniteLoss("a weight is not finite", n, checkpoint)
+    checkpoint.save(state)
 
 
 class _Log:
