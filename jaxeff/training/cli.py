@@ -98,17 +98,18 @@ def _unknown(given: str, config: Any) -> str:
 
 
 def _first_part(box: str) -> str:
-    """The text of the error box that tyro draws, up to its first rule, as one line."""
-    said = []
+    """The message in the box that tyro draws around it, as one line."""
+    parts: list[list[str]] = [[]]
     for line in box.splitlines():
-        text = line.strip("│╭╮╰╯ ")
-        # The frame's own lines, the rule before the help text, and the details.
-        if set(text) == {"─"} or text.startswith("Got errors"):
-            if said:
-                break
+        text = line.strip("│ ")
+        if text and set(text) <= set("─-"):
+            parts.append([])
         elif not line.startswith(("╭", "╰")):
-            said.append(text)
-    return " ".join(filter(None, said)) or "the options cannot be read."
+            parts[-1].append(text)
+    # The frame holds the title; where there are no such characters, a part does.
+    message = parts[0] if "╭" in box else parts[min(1, len(parts) - 1)]
+    said = " ".join(filter(None, message)) or "the options cannot be read."
+    return said.split(" Got errors:")[0]
 
 
 def _stop(message: str) -> None:

@@ -1,4 +1,7 @@
 import dataclasses
+import os
+import subprocess
+import sys
 from typing import Literal
 
 import pytest
@@ -50,7 +53,6 @@ def test_help_names_each_option_with_its_default(capsys):
         (["--zzz"], "no option --zzz. --help lists the 3 options"),
         (["cnn"], "'cnn' stands alone"),
         (["--model", "rnn"], "invalid choice 'rnn' for argument '--model'"),
-        (["--batch-size", "x"], "invalid literal for int() with base 10: 'x'"),
         (["--steps", "x"], "--steps: no type matching {None}|INT"),
         (["--steps"], "Missing value for argument '--steps'"),
     ],
@@ -58,6 +60,22 @@ def test_help_names_each_option_with_its_default(capsys):
 def test_a_bad_option_is_one_line_and_status_2(capsys, monkeypatch, args, words):
     monkeypatch.setenv("COLUMNS", "50")  # the line is whole in any terminal
     assert words in error_of(capsys, print, *args)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_the_line_is_the_same_whatever_a_terminal_can_draw(encoding):
+    code = "from tests.training.test_cli import *; main(print, Config)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--batch-size", "x"],
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == (
+        "error: Error parsing --batch-size: invalid literal for int() with base 10: "
+        "'x' See --help.\n"
+    )
 
 
 @pytest.mark.parametrize("kind", [ValueError, FileNotFoundError])

@@ -1,0 +1,347 @@
+"""Trains any of the models on any of the data sets.
+
+    python scripts/train.py --model cnn --data digits --out runs/digits
+
+A run is a folder: `checkpoints` (the last three; a run that was killed goes on from
+there with --resume, bit for bit), `metrics.jsonl`, `config.json`, and at the end
+`model`, which `jaxeff.training.load_model` reads. Every device of every process
+takes its part of each batch.
+"""
+
+import ast
+import dataclasses
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.random as jr
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Sharding
+
+from jaxeff.cost import count_parameters
+from jaxeff.data import augment, batches, load, prefetch, text, windows
+from jaxeff.models import build, MODEL_NAMES
+from jaxeff.parallelism import batch_sharding, make_mesh, replicate
+from jaxeff.precision import autocast, DynamicLossScale
+from jaxeff.training import (
+    accuracy,
+    Checkpoints,
+    classification_loss,
+    fit,
+    forms,
+    init_state,
+    make_train_step,
+    Metrics,
+    save_model,
+)
+from jaxeff.training.cli import join_processes, main
+from jaxeff.training.language import language_loss, nats_per_token
+
+LANGUAGE_MODELS = ("gpt", "llama")
+# The largest shift in pixels, and whether a mirrored image is still one of its class.
+AUGMENT = {"digits": (0, False), "fashion_mnist": (2, True), "cifar10": (4, True)}
+# What may differ when a run goes on; the other options are what the run is.
+MAY_CHANGE = {"data_dir", "steps", "epochs", "out", "resume", "tensorboard"} | {
+    "checkpoint_every",
+    "log_every",
+    "eval_every",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run; every option has a default."""
+
+    model: Literal[
+        "mlp",
+        "cnn",
+        "mobilenet",
+        "resnet20",
+        "resnet32",
+        "resnet44",
+        "resnet56",
+        "resnet110",
+        "gpt",
+        "llama",
+    ] = "cnn"
+    """gpt and llama take text, the others images."""
+    sizes: tuple[str, ...] = ()
+    """Options of the model as name=value, such as d_model=512 n_layers=8."""
+    data: Literal["digits", "fashion_mnist", "cifar10", "text"] = "digits"
+    """Digits are part of the package, the others are read from --data-dir."""
+    data_dir: Path | None = None
+    """Folder of the data set's files; for text a file, or a folder with one *.txt."""
+    steps: int = 1000
+    """Updates of the weights in the whole run, those before --resume included."""
+    epochs: int | None = None
+    """Passes over the training images, in place of --steps."""
+    batch_size: int = 128
+    """Examples per step, over all devices together."""
+    sequence: int = 128
+    """Bytes of text per example."""
+    learning_rate: float = 1e-3
+    """Of AdamW, per step, at its highest: after the first 5 % of the steps, from where
+    it falls to 0 as a cosine."""
+    weight_decay: float = 0.01
+    """Of AdamW, per step and unit of learning rate."""
+    clip: float = 1.0
+    """Largest norm of all gradients together."""
+    augment: bool = True
+    """Shift and mirror images where that keeps their class (not digits)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the products; weights stay float32, and float16 scales the loss."""
+    seed: int = 0
+    """Of the first weights, the order of the data and the augmentation."""
+    out: Path = Path("runs/train")
+    """Folder of the run."""
+    resume: bool = False
+    """Go on from the last checkpoint in --out, if there is one."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints; one is made at the end in any case."""
+    log_every: int = 50
+    """Steps between two lines of metrics.jsonl."""
+    eval_every: int | None = None
+    """Steps between two evaluations; one is made at the end in any case."""
+    tensorboard: bool = False
+    """Write TensorBoard events too, into --out/tensorboard."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What the data ask of a run."""
+
+    about: str  # in words
+    example: np.ndarray  # what the model takes, one of it
+    steps_per_epoch: int | None
+    batches: Callable[[int], Iterator[Any]]  # from a step on
+    loss: Callable[[Callable], Callable]  # of the model as trained
+    evaluate: Callable[[Callable, Any], Mapping[str, float]]  # of fn and params
+
+
+def images(c: Config, to: Sharding) -> Task:
+    """Classification, judged by accuracy on the test images."""
+    train, test = load(c.data, c.data_dir)
+    pad, flip = AUGMENT[c.data]
+    change = functools.partial(augment, pad=pad, flip=flip) if pad or flip else None
+    return Task(
+        about=f"{c.data} ({len(train):,} training and {len(test):,} test images)",
+        example=train.images[:1],
+        steps_per_epoch=max(1, len(train) // c.batch_size),
+        batches=lambda step: batches(train, c.batch_size, seed=c.seed, start_step=step),
+        loss=lambda fn: classification_loss(fn, augment=change if c.augment else None),
+        evaluate=lambda fn, params: {
+            "test_accuracy": accuracy(fn, params, test, c.batch_size, to=to)
+        },
+    )
+
+
+def language(c: Config, to: Sharding) -> Task:
+    """Prediction of the next byte, judged by nats per byte of unseen text."""
+    path = text_file(c.data_dir)
+    train, unseen = text(path)
+    draw = functools.partial(windows, train, c.batch_size, c.sequence, seed=c.seed)
+    if len(unseen) <= c.sequence:
+        raise ValueError(
+            f"the last tenth of a text is kept for evaluation and holds at least "
+            f"sequence + 1 = {c.sequence + 1} bytes, but that of {path} has "
+            f"{len(unseen)}. Choose a shorter --sequence or a longer text."
+        )
+    return Task(
+        about=f"{path} ({len(train):,} bytes to train on and {len(unseen):,} unseen)",
+        example=np.zeros((1, c.sequence), np.int32),
+        steps_per_epoch=None,
+        batches=lambda step: draw(start_step=step),
+        loss=language_loss,
+        evaluate=lambda fn, params: {
+            "unseen_nats_per_byte": nats_per_token(
+                fn, params, unseen, c.sequence, c.batch_size, to=to
+            )
+        },
+    )
+
+
+def text_file(path: Path | None) -> Path:
+    """The text: the file given, or the only one in the folder given."""
+    if path is None:
+        raise ValueError("text is not part of the package: name it with --data-dir.")
+    if not path.is_dir():
+        return path
+    found = sorted(p for end in ("", ".gz", ".xz") for p in path.glob(f"*.txt{end}"))
+    if len(found) != 1:
+        raise ValueError(
+            f"a folder of text holds one *.txt (plain, .gz or .xz), but {path} has "
+            f"{len(found)}: {', '.join(p.name for p in found) or 'none'}. Name the "
+            "file itself with --data-dir."
+        )
+    return found[0]
+
+
+def make_model(c: Config) -> nn.Module:
+    """The model by its name and sizes."""
+    if (c.model in LANGUAGE_MODELS) != (c.data == "text"):
+        fit_for = [
+            m for m in MODEL_NAMES if (m in LANGUAGE_MODELS) == (c.data == "text")
+        ]
+        raise ValueError(
+            f"--model {c.model} does not take --data {c.data}. Choose one of "
+            f"{', '.join(fit_for)}, or other data."
+        )
+    options: dict[str, Any] = {"max_len": max(c.sequence, 256)}
+    return build(c.model, **(options if c.model == "gpt" else {}) | sizes(c.sizes))
+
+
+def sizes(given: tuple[str, ...]) -> dict[str, Any]:
+    """`("d_model=512",)` as `{"d_model": 512}`."""
+    found = {}
+    for item in given:
+        name, _, value = item.partition("=")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise ValueError(
+                f"--sizes takes name=value with a number, a tuple, True or False, got "
+                f"{item!r}. Write it as in d_model=512."
+            ) from None
+    return found
+
+
+def optimizer(c: Config, steps: int) -> optax.GradientTransformation:
+    """AdamW on clipped gradients; its rate rises, then falls as a cosine."""
+    warmup = max(1, steps // 20)
+    rate = optax.warmup_cosine_decay_schedule(
+        c.learning_rate / warmup, c.learning_rate, warmup, max(steps, warmup + 1)
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(c.clip),
+        optax.adamw(rate, weight_decay=c.weight_decay),
+    )
+
+
+def check_numbers(c: Config) -> None:
+    """Refuses numbers that no run can have."""
+    counts = ("steps", "epochs", "batch_size", "sequence")
+    intervals = ("checkpoint_every", "log_every", "eval_every")
+    for name in (*counts, *intervals):
+        if (value := getattr(c, name)) is not None and value < 1:
+            raise ValueError(f"{option(name)} is 1 or more, got {value}.")
+    for name in ("learning_rate", "clip"):
+        if not (value := getattr(c, name)) > 0:
+            raise ValueError(f"{option(name)} is above 0, got {value}.")
+    if c.epochs is not None and c.data == "text":
+        raise ValueError(
+            f"a text has no epochs, its windows are drawn, but --epochs is {c.epochs}. "
+            "Give --steps."
+        )
+
+
+def check_folder(c: Config) -> None:
+    """Refuses a folder that holds a run, unless it is this one and to be resumed."""
+    path, now = c.out / "config.json", as_json(c)
+    # Other names there are of checkpoints that were not finished.
+    if not any(p.name.isdecimal() for p in (c.out / "checkpoints").glob("*")):
+        return
+    if not c.resume:
+        raise ValueError(
+            f"a new run needs a new folder, but {c.out} holds checkpoints. Go on from "
+            "the last one with --resume, or name another folder with --out."
+        )
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    for name in before:
+        if name in now and name not in MAY_CHANGE and before[name] != now[name]:
+            raise ValueError(
+                f"a run goes on with the options it began with, but the one in {c.out} "
+                f"has {option(name)} {before[name]}, and now it is {now[name]}. Give "
+                "the same again, or name another folder with --out."
+            )
+
+
+def as_json(c: Config) -> dict[str, Any]:
+    """The options as JSON gives them back."""
+    return json.loads(json.dumps(dataclasses.asdict(c), default=str))
+
+
+def option(name: str) -> str:
+    """A field of `Config` as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def run(c: Config) -> None:
+    """The whole run."""
+    began = time.monotonic()
+    check_numbers(c)
+    check_folder(c)
+    join_processes()
+    mesh = make_mesh()
+    to = batch_sharding(mesh, c.batch_size)
+    model = make_model(c)
+    task = language(c, to) if c.data == "text" else images(c, to)
+    steps = c.steps
+    if c.epochs is not None and task.steps_per_epoch is not None:
+        steps = c.epochs * task.steps_per_epoch
+
+    # Initialised as one program: eagerly it is hundreds of small ones.
+    variables = jax.jit(model.init)(jr.key(c.seed), task.example)
+    eval_fn, train_fn = forms(model, variables)
+    if c.dtype != "float32":
+        eval_fn = autocast(eval_fn, c.dtype)
+        train_fn = autocast(train_fn, c.dtype)
+    tx = optimizer(c, steps)
+    scaler = DynamicLossScale() if c.dtype == "float16" else None
+    key = jr.key(c.seed + 1)
+    state = init_state(variables, tx, key, trainable="params/**", scaler=scaler)
+    state = replicate(state, mesh)
+    step = make_train_step(task.loss(train_fn), tx, trainable="params/**")
+    # Whatever does not fit together shows here, before anything is written.
+    jax.eval_shape(step, state, next(task.batches(0)))
+
+    with Checkpoints(c.out / "checkpoints") as checkpoints:
+        if checkpoints.latest() is not None:
+            state = checkpoints.restore(state)
+        first = int(state.step)
+        if first > steps:
+            raise ValueError(
+                f"the run in {c.out} is at step {first}, past the {steps} steps asked "
+                "for. Ask for more, or name another folder with --out."
+            )
+        if jax.process_index() == 0:
+            write_config(c)
+            print(
+                f"{c.model}, {count_parameters(variables['params']):,} parameters, "
+                f"{c.dtype}; {task.about}; {jax.device_count()} device(s) of "
+                f"{jax.process_count()} process(es); steps {first} to {steps}"
+            )
+        with Metrics(c.out, start_step=first, tensorboard=c.tensorboard) as metrics:
+            state = fit(
+                step,
+                state,
+                prefetch(task.batches(first), to),
+                steps=steps,
+                log_every=c.log_every,
+                metrics=metrics,
+                checkpoint=checkpoints,
+                checkpoint_every=c.checkpoint_every,
+                eval_fn=functools.partial(task.evaluate, eval_fn),
+                eval_every=c.eval_every,
+            )
+    about = {"model": c.model, "data": c.data, "sizes": sizes(c.sizes), "steps": steps}
+    save_model(c.out / "model", model.apply, state.params, about, overwrite=True)
+    if jax.process_index() == 0:
+        print(f"{c.out}: {steps} steps, {time.monotonic() - began:.0f} s")
+
+
+def write_config(c: Config) -> None:
+    """`config.json`, whole or not at all."""
+    new = c.out / "config.json.new"
+    new.write_text(json.dumps(as_json(c), indent=1) + "\n")
+    os.replace(new, c.out / "config.json")
+
+
+if __name__ == "__main__":
+    main(run, Config, description=__doc__)
