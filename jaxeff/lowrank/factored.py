@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxeff.program import Conv, Dot, Leaf
+from jaxeff.program import Conv, Dot, keep, Leaf
 from jaxeff.tree import pytree, static
 
 
@@ -55,7 +55,7 @@ class Factored(Leaf):
     @property
     def dtype(self) -> Any:
         """Dtype of the array it stands for."""
-        return jnp.result_type(self.u, self.v)
+        return self.v.dtype
 
     def dense(self) -> Array:
         """The array it stands for."""
@@ -86,7 +86,7 @@ class Factored(Leaf):
         if order[b:] != cols + rows or not any(is_row):
             return NotImplemented
         # (u v)^T = v^T u^T: the rank moves to the other end of each.
-        return Factored(jnp.moveaxis(v, b, -1), jnp.moveaxis(u, -1, b), self.rows)
+        return Factored(_moveaxis(v, b, -1), _moveaxis(u, -1, b), self.rows)
 
     def reshape(self, shape: Sequence[int]) -> Any:
         """The same weight with dims split or merged, if rows and cols stay apart."""
@@ -110,14 +110,13 @@ class Factored(Leaf):
 
     def keep(self, dim: int, mask: Bool[np.ndarray, " n"]) -> "Factored":
         """The weight without the indices of `dim` where `mask` is False."""
-        index, n = np.flatnonzero(mask), self.batch + self.rows
-        u, v = self.u, self.v
+        n, u, v = self.batch + self.rows, self.u, self.v
         if dim < n:
-            u = jnp.take(u, index, axis=dim)
+            u = keep(u, dim, mask)
         if dim < self.batch:
-            v = jnp.take(v, index, axis=dim)
+            v = keep(v, dim, mask)
         if dim >= n:
-            v = jnp.take(v, index, axis=dim - n + self.batch + 1)
+            v = keep(v, dim - n + self.batch + 1, mask)
         return Factored(u, v, self.cols)
 
     def take(self, gather: Callable[[Array], Array], dim: int) -> Any:
@@ -125,11 +124,14 @@ class Factored(Leaf):
         if self.batch or self.rows != 1 or dim != 0:
             return NotImplemented
         rows = gather(self.u)
-        # The gathered dims come in the array's own order, so the rank, which was
-        # the last dim of `u`, is found by its place among sizes that differ.
+        # The rank was the last dim of `u`; a look-up leaves it where it puts the
+        # array's other dims, in front of the indices' or behind.
         at = _moved(gather, self.u.shape, dim)
-        rows = jnp.moveaxis(rows, at, -1)
-        return jnp.tensordot(rows, self.v, 1) if at == rows.ndim - 1 else NotImplemented
+        return (
+            jnp.tensordot(rows, self.v, ((at,), (0,)))
+            if at == rows.ndim - 1
+            else (NotImplemented)
+        )
 
     def dot(self, x: Array, dot: Dot) -> Any:
         """`dot(x, self.dense())` in two products."""
@@ -182,6 +184,13 @@ class Factored(Leaf):
         return jnp.moveaxis(y, -1, channel)
 
 
+def _moveaxis(x: Any, source: int, to: int) -> Any:
+    """As `jnp.moveaxis`, by a method that arrays and leaves share."""
+    order = [d for d in range(x.ndim) if d != source % x.ndim]
+    order.insert(to % x.ndim, source % x.ndim)
+    return x.transpose(order)
+
+
 def _moved(gather: Callable[[Array], Array], shape: Sequence[int], dim: int) -> int:
     """Where `gather` along `dim` puts the last dim of an array of that shape."""
 
@@ -189,5 +198,6 @@ def _moved(gather: Callable[[Array], Array], shape: Sequence[int], dim: int) -> 
         sizes = (*shape[:-1], last)
         return jax.eval_shape(gather, jax.ShapeDtypeStruct(sizes, jnp.float32)).shape
 
-    (at,) = (i for i, (n, m) in enumerate(zip(result(1), result(2))) if n != m)
+    one, two = result(1), result(2)
+    (at,) = (i for i in range(len(one)) if one[i] != two[i])
     return at

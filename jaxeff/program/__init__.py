@@ -17,6 +17,7 @@ from .leaf import (
     Dot as Dot,
     DotDims as DotDims,
     is_leaf as is_leaf,
+    keep as keep,
     Leaf as Leaf,
     shapes as shapes,
 )

@@ -227,7 +227,35 @@ def is_leaf(x: Any) -> bool:
 
 def dense(tree: PyTree) -> PyTree:
     """The tree with every compressed weight as the array it stands for."""
-    return jax.tree.map(lambda x: x.dense() if is_leaf(x) else x, tree, is_leaf=is_leaf)
+
+    def expand(x):
+        if not is_leaf(x):
+            return x
+        # A leaf may be made of leaves: factors that are quantized.
+        parts = jax.tree.map(dense, x, is_leaf=lambda y: is_leaf(y) and y is not x)
+        return parts.dense()
+
+    return jax.tree.map(expand, tree, is_leaf=is_leaf)
+
+
+def keep(x: Any, dim: int, mask: Bool[np.ndarray, " n"]) -> Any:
+    """An array, its shape, or a leaf without the indices of `dim` that are False.
+
+    Raises:
+        ValueError: a leaf cannot lose indices of that dim.
+    """
+    if isinstance(x, jax.ShapeDtypeStruct):
+        shape = (*x.shape[:dim], int(mask.sum()), *x.shape[dim + 1 :])
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+    if is_leaf(x):
+        small = x.keep(dim, mask)
+        if small is NotImplemented:
+            raise ValueError(
+                f"a compressed weight ({type(x).__name__} of shape {x.shape}) cannot "
+                f"lose indices of dim {dim}: shrink before compressing it."
+            )
+        return small
+    return x[(slice(None),) * dim + (np.flatnonzero(mask),)]
 
 
 def shapes(tree: PyTree) -> PyTree:
@@ -238,7 +266,9 @@ def shapes(tree: PyTree) -> PyTree:
 
     def shape(x):
         if hasattr(x, "shape") and hasattr(x, "dtype"):
-            dtype = x.dtype
+            # NumPy's float64 is float32 to JAX, unless told otherwise.
+            plain = isinstance(x.dtype, np.dtype)
+            dtype = jax.dtypes.canonicalize_dtype(x.dtype) if plain else x.dtype
             weak = getattr(x, "weak_type", False) if not is_leaf(x) else False
             return jax.ShapeDtypeStruct(tuple(x.shape), dtype, weak_type=weak)
         return x

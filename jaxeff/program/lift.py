@@ -16,7 +16,7 @@ from jax.extend.core import JaxprEqn
 
 from .call import Call
 from .interpret import bind, Interpreter, rebuilt, Where
-from .leaf import Conv, dot_of, is_leaf, lookup_dim
+from .leaf import Conv, dense, dot_of, is_leaf, lookup_dim
 from .sites import follow, weight_origins
 from .source import source_line
 
@@ -96,7 +96,7 @@ class Lifting(Interpreter):
 
     def plain(self, x: Any) -> Any:
         """A leaf's dense array."""
-        return x.dense() if is_leaf(x) else x
+        return dense(x)
 
     def opens(self, eqn: JaxprEqn, args: list[Any]) -> bool:
         """A body that no leaf enters runs whole."""
@@ -107,11 +107,38 @@ class Lifting(Interpreter):
         if not any(map(is_leaf, args)) or rebuilt(eqn.primitive.name):
             return None
         rule = _RULES.get(eqn.primitive.name)
-        out = NotImplemented if rule is None else rule(eqn, args)
+        out = NotImplemented if rule is None else _apply(rule, eqn, args)
         if is_leaf(out):  # a view of the same weight: nothing has run yet
             return [out]
         self.ran[where] = out is not NotImplemented
         return [out] if self.ran[where] else bind(eqn, [self.plain(x) for x in args])
+
+
+class _Declined(Exception):
+    """A leaf does not know how to do it."""
+
+
+def _apply(rule: Callable, eqn: JaxprEqn, args: list[Any]) -> Any:
+    """A rule on operands whose leaves may be made of leaves (quantized factors).
+
+    What a leaf does with its parts it does by ordinary operations; where a part is
+    a leaf itself, these are run lifted in their turn.
+    """
+    inside = lambda x: is_leaf(x) and not any(x is a for a in args)
+    parts, treedef = jax.tree.flatten(args, is_leaf=inside)
+    if rule in _VIEWS or not any(map(is_leaf, parts)):
+        return rule(eqn, args)
+
+    def run(parts):
+        out = rule(eqn, jax.tree.unflatten(treedef, parts))
+        if out is NotImplemented:
+            raise _Declined
+        return out
+
+    try:
+        return Lifted(run)(parts)
+    except _Declined:
+        return NotImplemented
 
 
 def _convert(eqn: JaxprEqn, args: list[Any]) -> Any:
@@ -143,8 +170,7 @@ def _identity(eqn: JaxprEqn, args: list[Any]) -> Any:
 
 def _dot(eqn: JaxprEqn, args: list[Any]) -> Any:
     if is_leaf(args[1]):
-        x = args[0].dense() if is_leaf(args[0]) else args[0]
-        return args[1].dot(x, dot_of(eqn, 1))
+        return args[1].dot(dense(args[0]), dot_of(eqn, 1))
     return args[0].dot(args[1], dot_of(eqn, 0))
 
 
@@ -162,13 +188,16 @@ def _gather(eqn: JaxprEqn, args: list[Any]) -> Any:
 
     def gather(array):
         sizes = tuple(1 if d == dim else n for d, n in enumerate(array.shape))
-        params = {**eqn.params, "slice_sizes": sizes}
+        params: dict[str, Any] = {**eqn.params, "slice_sizes": sizes}
         if not np.issubdtype(array.dtype, np.inexact):
-            params["fill_value"] = None  # it was chosen for the weight's dtype
+            params["fill_value"] = 0  # the weight's own, NaN, is no integer
         return jax.lax.gather_p.bind(array, indices, **params)
 
     return x.take(gather, dim)
 
+
+# These only change how a leaf is seen, by methods that arrays and leaves share.
+_VIEWS = (_convert, _transpose, _reshape, _broadcast, _identity)
 
 _RULES: dict[str, Callable[[JaxprEqn, list[Any]], Any]] = {
     "convert_element_type": _convert,

@@ -25,8 +25,8 @@ from jaxeff import tree
 from .call import Call
 from .couplings import Couplings
 from .dims import Conflict, cut, Dim, expression, find, fix, from_expression, new_size
-from .interpret import Interpreter, Where
-from .leaf import is_leaf
+from .interpret import Interpreter, is_inexact, Where
+from .leaf import is_leaf, keep as keep_along
 from .lift import lift, Lifted
 from .rules import conv_groups, cut_out, Dims
 from .solve import Solver
@@ -124,25 +124,10 @@ def keep_indices(
             return x
         for d, mask in enumerate(couplings.masks(path, keep)):
             if not mask.all():
-                x = _keep(x, d, mask, path)
+                x = keep_along(x, d, mask)
         return x
 
     return jax.tree_util.tree_map_with_path(smaller, params, is_leaf=is_leaf)
-
-
-def _keep(x: Any, dim: int, mask: Bool[np.ndarray, " n"], path: str) -> Any:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        shape = (*x.shape[:dim], int(mask.sum()), *x.shape[dim + 1 :])
-        return jax.ShapeDtypeStruct(shape, x.dtype)
-    if is_leaf(x):
-        small = x.keep(dim, mask)
-        if small is NotImplemented:
-            raise ValueError(
-                f"the compressed weight {path} ({type(x).__name__}) cannot lose "
-                f"indices of dim {dim}: shrink before compressing it."
-            )
-        return small
-    return x[(slice(None),) * dim + (np.flatnonzero(mask),)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by `jit`, so by identity
@@ -229,6 +214,7 @@ class _Resize(Interpreter):
     def __init__(self, solver: Solver):
         super().__init__()
         self.solver = solver
+        self._custom: dict[Where, JaxprEqn] = {}  # functions with their own derivative
 
     def sizes(self, v: Any, where: Where) -> tuple[int, ...]:
         """The shape of a variable in the program being run."""
@@ -244,20 +230,29 @@ class _Resize(Interpreter):
 
     def run(self, jaxpr: ClosedJaxpr, args: Sequence[Any], where: Where = ()) -> list:
         if where not in self.solver.dims:
-            # The derivative of a custom rule: a program that was not traced before.
-            self.solver.solve(jaxpr, self._dims_of(jaxpr, args), where)
+            self.solver.solve(jaxpr, self._dims_of(jaxpr, where), where)
         return super().run(jaxpr, args, where)
 
-    def _dims_of(self, jaxpr: ClosedJaxpr, args: Sequence[Any]) -> list[Dims]:
+    def _dims_of(self, jaxpr: ClosedJaxpr, where: Where) -> list[Dims]:
+        """The dims of the inputs of a program that the solver did not go through."""
+        eqn = self._custom.get(where[:-1])
+        if eqn is None:  # of a `shard_map`: nothing shrinks in there
+            return [tuple(map(Dim, v.aval.shape)) for v in jaxpr.jaxpr.invars]
+        # Of a custom derivative: what is differentiated, then (co)tangents of it.
+        other = eqn.invars if where[-1] == "jvp" else eqn.outvars
+        copies: dict[Dim, Dim] = {}
+        copy = lambda atom: copies.setdefault(atom, Dim(atom.size, new=atom.new))
         return [
             tuple(
-                Dim(n, new=None if n == m else m)
-                for n, m in zip(v.aval.shape, x.shape, strict=True)
+                from_expression(expression(d, lambda atom: atom), copy)
+                for d in self.solver.read(v, where[:-2])
             )
-            for v, x in zip(jaxpr.jaxpr.invars, args, strict=True)
+            for v in (*eqn.invars, *filter(is_inexact, other))
         ]
 
     def equation(self, eqn: JaxprEqn, args: list[Any], where: Where) -> list | None:
+        if eqn.primitive.name.startswith("custom_"):
+            self._custom[where] = eqn
         rule = _SIZES.get(eqn.primitive.name)
         if rule is None or self.keeps_types(eqn, args, where):
             return None
@@ -315,7 +310,9 @@ def _gather(eqn, ins, outs, out) -> dict:
 def _conv(eqn, ins, outs, out) -> dict:
     if eqn.params["feature_group_count"] == 1:
         return {}
-    return {"feature_group_count": new_size(conv_groups(eqn, ins[0])[0])}
+    groups = conv_groups(eqn, ins[0])
+    assert groups is not None, "groups that cannot be cut fix the dim"
+    return {"feature_group_count": new_size(groups[0])}
 
 
 _SIZES: dict[str, Callable] = {
