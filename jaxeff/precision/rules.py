@@ -35,7 +35,6 @@ KEEP = frozenset(
     "add sub mul div max min neg abs sign floor ceil round rem clamp select_n "
     "add_any square integer_pow sqrt cbrt tanh logistic erf erfc sin cos atan atan2 "
     "asinh atanh eq ne lt le gt ge is_finite concatenate pad gather scatter "
-    "scatter-add scatter-sub scatter-mul scatter-min scatter-max "
     "dynamic_update_slice reduce_max reduce_min argmax argmin top_k cummax cummin "
     "reduce_window_max reduce_window_min reduce_precision".split()
 )
@@ -62,7 +61,8 @@ LINEAR = frozenset(
 
 # Every other operation runs in float32: exp, exp2, expm1, log, log1p, pow, rsqrt,
 # tan, sums, products, cumulative sums and products, pooling by mean, linear algebra,
-# and whatever is not known here.
+# and whatever is not known here. Here a scatter-add does so too: it is a sum, and a
+# sum of ones in bfloat16 stops at 256.
 
 
 def is_product(eqn: JaxprEqn) -> bool:
@@ -77,9 +77,10 @@ def is_product(eqn: JaxprEqn) -> bool:
     lowers = all(is_float32(v) for v in floats) and len(floats) >= 2
     precision = eqn.params.get("precision")
     asked = precision if isinstance(precision, tuple) else (precision,)
-    by_default = jax.config.jax_default_matmul_precision is not None
+    # Where a default is set, every product carries it: then nobody chose this one's.
+    default = jax.config.jax_default_matmul_precision  # pyrefly: ignore
     fast = all(p in (None, jax.lax.Precision.DEFAULT) for p in asked)
-    return lowers and (fast or by_default)
+    return lowers and (fast or default is not None)
 
 
 def keeps(eqn: JaxprEqn) -> bool:

@@ -43,7 +43,8 @@ class Number:
     def array(self, dtype: Any) -> Any:
         """The array of that shape and number."""
         if self.shape == ():
-            return np.asarray(self.value, dtype)
+            with np.errstate(over="ignore", under="ignore"):
+                return np.asarray(self.value, dtype)
         return jax.lax.full(self.shape, self.value, dtype)
 
     def fits(self, dtype: Any) -> bool:
@@ -53,13 +54,15 @@ class Number:
         """
         if self.value == 0 or not np.isfinite(self.value):
             return True
-        rounded = float(np.asarray(self.value, dtype))
+        rounded = self._rounded(dtype)
         return rounded != 0 and bool(np.isfinite(rounded))
 
     def exact(self, dtype: Any) -> bool:
         """Whether `dtype` holds it unrounded."""
-        same = float(np.asarray(self.value, dtype)) == self.value
-        return same or not np.isfinite(self.value)
+        return self._rounded(dtype) == self.value or not np.isfinite(self.value)
+
+    def _rounded(self, dtype: Any) -> float:
+        return float(Number(self.value, ()).array(dtype))
 
 
 def number(x: Any) -> Number | None:
