@@ -1,6 +1,6 @@
 """Trains any of the models on any of the data sets.
 
-    python scripts/train.py --model cnn --data digits --out runs/digits
+    python scripts/train.py --model cnn --data digits --output runs/digits
 
 A run is a folder: `checkpoints` (the last three; a run that was killed goes on from
 there with --resume, bit for bit), `metrics.jsonl`, `config.json`, and at the end
@@ -12,7 +12,6 @@ import ast
 import dataclasses
 import functools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -43,12 +42,13 @@ from jaxeff.training import (
 )
 from jaxeff.training.cli import join_processes, main
 from jaxeff.training.language import language_loss, nats_per_token
+from jaxeff.training.results import write_json
 
 LANGUAGE_MODELS = ("gpt", "llama")
 # The largest shift in pixels, and whether a mirrored image is still one of its class.
 AUGMENT = {"digits": (0, False), "fashion_mnist": (2, True), "cifar10": (4, True)}
 # What may differ when a run goes on; the other options are what the run is.
-MAY_CHANGE = {"data_dir", "steps", "epochs", "out", "resume", "tensorboard"} | {
+MAY_CHANGE = {"data_dir", "steps", "epochs", "output", "resume", "tensorboard"} | {
     "checkpoint_every",
     "log_every",
     "eval_every",
@@ -99,10 +99,10 @@ class Config:
     """Of the products; weights stay float32, and float16 scales the loss."""
     seed: int = 0
     """Of the first weights, the order of the data and the augmentation."""
-    out: Path = Path("runs/train")
+    output: Path = Path("runs/train")
     """Folder of the run."""
     resume: bool = False
-    """Go on from the last checkpoint in --out, if there is one."""
+    """Go on from the last checkpoint in --output, if there is one."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; one is made at the end in any case."""
     log_every: int = 50
@@ -110,7 +110,7 @@ class Config:
     eval_every: int | None = None
     """Steps between two evaluations; one is made at the end in any case."""
     tensorboard: bool = False
-    """Write TensorBoard events too, into --out/tensorboard."""
+    """Write TensorBoard events too, into --output/tensorboard."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,22 +243,22 @@ def check_numbers(c: Config) -> None:
 
 def check_folder(c: Config) -> None:
     """Refuses a folder that holds a run, unless it is this one and to be resumed."""
-    path, now = c.out / "config.json", as_json(c)
+    path, now = c.output / "config.json", as_json(c)
     # Other names there are of checkpoints that were not finished.
-    if not any(p.name.isdecimal() for p in (c.out / "checkpoints").glob("*")):
+    if not any(p.name.isdecimal() for p in (c.output / "checkpoints").glob("*")):
         return
     if not c.resume:
         raise ValueError(
-            f"a new run needs a new folder, but {c.out} holds checkpoints. Go on from "
-            "the last one with --resume, or name another folder with --out."
+            f"a new run needs a new folder, but {c.output} holds checkpoints. Go on "
+            "from the last one with --resume, or name another folder with --output."
         )
     before = json.loads(path.read_text()) if path.is_file() else {}
     for name in before:
         if name in now and name not in MAY_CHANGE and before[name] != now[name]:
             raise ValueError(
-                f"a run goes on with the options it began with, but the one in {c.out} "
-                f"has {option(name)} {before[name]}, and now it is {now[name]}. Give "
-                "the same again, or name another folder with --out."
+                f"a run goes on with the options it began with, but the one in "
+                f"{c.output} has {option(name)} {before[name]}, and now it is "
+                f"{now[name]}. Give the same again, or name another --output."
             )
 
 
@@ -301,23 +301,23 @@ def run(c: Config) -> None:
     # Whatever does not fit together shows here, before anything is written.
     jax.eval_shape(step, state, next(task.batches(0)))
 
-    with Checkpoints(c.out / "checkpoints") as checkpoints:
+    with Checkpoints(c.output / "checkpoints") as checkpoints:
         if checkpoints.latest() is not None:
             state = checkpoints.restore(state)
         first = int(state.step)
         if first > steps:
             raise ValueError(
-                f"the run in {c.out} is at step {first}, past the {steps} steps asked "
-                "for. Ask for more, or name another folder with --out."
+                f"the run in {c.output} is at step {first}, past the {steps} steps "
+                "asked for. Ask for more, or name another folder with --output."
             )
         if jax.process_index() == 0:
-            write_config(c)
+            write_json(c.output / "config.json", as_json(c))
             print(
                 f"{c.model}, {count_parameters(variables['params']):,} parameters, "
                 f"{c.dtype}; {task.about}; {jax.device_count()} device(s) of "
                 f"{jax.process_count()} process(es); steps {first} to {steps}"
             )
-        with Metrics(c.out, start_step=first, tensorboard=c.tensorboard) as metrics:
+        with Metrics(c.output, start_step=first, tensorboard=c.tensorboard) as metrics:
             state = fit(
                 step,
                 state,
@@ -331,16 +331,9 @@ def run(c: Config) -> None:
                 eval_every=c.eval_every,
             )
     about = {"model": c.model, "data": c.data, "sizes": sizes(c.sizes), "steps": steps}
-    save_model(c.out / "model", model.apply, state.params, about, overwrite=True)
+    save_model(c.output / "model", model.apply, state.params, about, overwrite=True)
     if jax.process_index() == 0:
-        print(f"{c.out}: {steps} steps, {time.monotonic() - began:.0f} s")
-
-
-def write_config(c: Config) -> None:
-    """`config.json`, whole or not at all."""
-    new = c.out / "config.json.new"
-    new.write_text(json.dumps(as_json(c), indent=1) + "\n")
-    os.replace(new, c.out / "config.json")
+        print(f"{c.output}: {steps} steps, {time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -106,10 +106,10 @@ def test_the_models_to_choose_from_are_those_of_the_registry():
 @pytest.mark.slow
 def test_a_run_killed_twice_is_the_run_without_a_break_bit_for_bit(tmp_path):
     options = (*TINY, "--steps", 300, "--checkpoint-every", 10, "--log-every", 7)
-    straight = start(*options, "--out", tmp_path / "straight")
+    straight = start(*options, "--output", tmp_path / "straight")
     broken, at = tmp_path / "broken", []
     for sent, step in [(signal.SIGTERM, 20), (signal.SIGKILL, 100)]:
-        process = start(*options, "--out", broken, "--resume")
+        process = start(*options, "--output", broken, "--resume")
         seen = broken / "checkpoints" / str(step)
         while process.poll() is None and not seen.exists():
             time.sleep(0.005)
@@ -117,7 +117,7 @@ def test_a_run_killed_twice_is_the_run_without_a_break_bit_for_bit(tmp_path):
         out, _ = finish(process, -sent)
         at.append(first_step(out))
     assert not (broken / "checkpoints" / "300").exists()
-    out, _ = finish(start(*options, "--out", broken, "--resume"))
+    out, _ = finish(start(*options, "--output", broken, "--resume"))
     at.append(first_step(out))
     assert at[0] == 0 and 20 <= at[1] <= 90 and 100 <= at[2] < 300
 
@@ -137,12 +137,12 @@ def test_two_processes_train_what_one_trains(tmp_path):
         address = f"localhost:{free.getsockname()[1]}"
     job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     job["JAX_NUM_CPU_DEVICES"] = "2"
-    out = ("--out", tmp_path / "two")
+    out = ("--output", tmp_path / "two")
     two = [start(*options, *out, **job, JAX_PROCESS_ID=str(i)) for i in range(2)]
     (said, _), (silent, _) = map(finish, two)
     assert "4 device(s) of 2 process(es)" in said and "step 20" in said
     assert "step 20" not in silent  # process 0 speaks for all
-    finish(start(*options, "--out", tmp_path / "one"))
+    finish(start(*options, "--output", tmp_path / "one"))
     loss = lambda name: [x["loss"] for x in lines(tmp_path / name) if "loss" in x]
     assert np.allclose(loss("two"), loss("one"), rtol=1e-3)
 
@@ -160,7 +160,7 @@ def test_the_program_shows_its_options_and_refuses_unknown_ones(tmp_path):
 
 def test_a_run_leaves_its_metrics_its_options_and_its_model(tmp_path):
     out = tmp_path / "run"
-    train(*TINY, "--epochs", 2, "--eval-every", 35, "--out", out, "--tensorboard")
+    train(*TINY, "--epochs", 2, "--eval-every", 35, "--output", out, "--tensorboard")
     steps = 2 * (1437 // 40)
     found = lines(out)
     assert [x["step"] for x in found if "test_accuracy" in x] == [35, 70]
@@ -178,7 +178,7 @@ def test_a_run_leaves_its_metrics_its_options_and_its_model(tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_mixed_precision_trains_too(tmp_path, dtype):
     out = tmp_path / "run"
-    train(*TINY, "--steps", 80, "--dtype", dtype, "--out", out, "--log-every", 80)
+    train(*TINY, "--steps", 80, "--dtype", dtype, "--output", out, "--log-every", 80)
     *_, last, evaluation = lines(out)
     assert last["loss"] < 1 and evaluation["test_accuracy"] > 0.8
     assert ("skipped" in last) == (dtype == "float16")
@@ -196,7 +196,7 @@ def test_image_models_train_on_colour_images_augmented(tmp_path, model, sizes):
     folder = cifar10(tmp_path / "data")
     data = ("--data", "cifar10", "--data-dir", folder, "--batch-size", 16)
     out = tmp_path / "run"
-    train(*data, "--model", model, "--sizes", sizes, "--steps", 3, "--out", out)
+    train(*data, "--model", model, "--sizes", sizes, "--steps", 3, "--output", out)
     assert "test_accuracy" in lines(out)[-1]
 
 
@@ -207,7 +207,7 @@ def test_language_models_learn_from_text(tmp_path, model):
     sizes = ("--sizes", "d_model=16", "n_layers=1", "n_heads=2")
     data = ("--data", "text", "--data-dir", tmp_path, "--sequence", 16)
     options = ("--batch-size", 16, "--learning-rate", 0.02, "--steps", 60)
-    train("--model", model, *sizes, *data, *options, "--out", out)
+    train("--model", model, *sizes, *data, *options, "--output", out)
     # Random text of nine letters: from log(256) towards log(9), no further.
     assert np.log(9) - 0.1 < lines(out)[-1]["unseen_nats_per_byte"] < 3
 
@@ -215,7 +215,7 @@ def test_language_models_learn_from_text(tmp_path, model):
 def test_a_bad_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, capsys):
     out = tmp_path / "run"
     bad = (*TINY, "--learning-rate", 1e30, "--steps", 50, "--checkpoint-every", 1)
-    said = error_of(capsys, *bad, "--out", out)
+    said = error_of(capsys, *bad, "--output", out)
     assert "the loss is nan at step 2" in said and "good checkpoint is step 1" in said
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["1"]
     assert not (out / "model").exists()
@@ -223,7 +223,7 @@ def test_a_bad_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, c
 
 def test_a_folder_with_a_run_is_neither_overwritten_nor_mixed_up(tmp_path, capsys):
     out = tmp_path / "run"
-    run = (*TINY, "--out", out)
+    run = (*TINY, "--output", out)
     train(*run, "--steps", 4)
     before = saved(out, 4), lines(out), (out / "config.json").read_text()
     for args, words in [
@@ -240,10 +240,10 @@ def test_a_folder_with_a_run_is_neither_overwritten_nor_mixed_up(tmp_path, capsy
 
 def test_a_checkpoint_of_another_model_is_named_by_its_arrays(tmp_path, capsys):
     out = tmp_path / "run"
-    train(*TINY, "--out", out, "--steps", 2)
+    train(*TINY, "--output", out, "--steps", 2)
     (out / "config.json").unlink()
     other = ("--model", "mlp", "--batch-size", "40", "--resume", "--steps", 3)
-    said = error_of(capsys, *other, "--out", out)
+    said = error_of(capsys, *other, "--output", out)
     assert "differs in " in said and "[64, 16] float32 there and [64, 256]" in said
 
 
@@ -275,7 +275,7 @@ def test_what_cannot_run_is_one_line_and_leaves_nothing_behind(tmp_path, capsys)
         (("--sizes", "stages"), "got 'stages'"),
         (("--epochs", "x"), "error: Error parsing --epochs: no type matching"),
     ]:
-        assert words in error_of(capsys, *args, "--out", out)
+        assert words in error_of(capsys, *args, "--output", out)
     assert not out.exists()
 
 
@@ -283,7 +283,7 @@ def test_what_cannot_run_is_one_line_and_leaves_nothing_behind(tmp_path, capsys)
 @pytest.mark.parametrize("name, at_least", [("fashion_mnist", 0.75), ("cifar10", 0.3)])
 def test_an_mlp_learns_the_real_images(tmp_path, data_dir, name, at_least):
     data = ("--data", name, "--data-dir", data_dir(name), "--batch-size", 200)
-    train("--model", "mlp", *data, "--steps", 150, "--out", tmp_path / "run")
+    train("--model", "mlp", *data, "--steps", 150, "--output", tmp_path / "run")
     assert lines(tmp_path / "run")[-1]["test_accuracy"] > at_least
 
 
@@ -293,6 +293,6 @@ def test_a_gpt_learns_shakespeare(tmp_path, data_dir):
     text = ("--data", "text", "--data-dir", folder, "--sequence", 64)
     sizes = ("--sizes", "d_model=64", "n_layers=2")
     steps = ("--batch-size", 32, "--learning-rate", 3e-3, "--steps", 200)
-    train("--model", "gpt", *text, *sizes, *steps, "--out", tmp_path / "run")
+    train("--model", "gpt", *text, *sizes, *steps, "--output", tmp_path / "run")
     # Bytes by their frequency alone take 3.3 nats each.
     assert lines(tmp_path / "run")[-1]["unseen_nats_per_byte"] < 2.6

@@ -1,0 +1,50 @@
+"""What a benchmark leaves behind: numbers, and where and with what they were measured.
+
+A number without its device, versions and date cannot be compared with another.
+"""
+
+import json
+import os
+import platform
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxeff.cost import processor
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def about() -> dict[str, Any]:
+    """Device, versions and date, as JSON holds them."""
+    device = jax.devices()[0]
+    return {
+        "date": date.today().isoformat(),
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "platform": device.platform,
+        "runtime": device.client.platform_version.splitlines()[0],
+        "processor": processor().name or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes a JSON file, whole or not at all; its folder is made where missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    os.replace(new, path)

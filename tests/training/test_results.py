@@ -1,0 +1,25 @@
+import json
+import math
+
+import jax
+import pytest
+
+from jaxeff.training.results import about, write_json
+
+
+def test_what_is_said_of_the_machine_is_json_and_true():
+    said = json.loads(json.dumps(about()))
+    assert said["versions"]["jax"] == jax.__version__
+    assert said["platform"] == jax.default_backend()
+    assert said["devices"] == jax.device_count() and len(said["date"]) == 10
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    write_json(path, {"a": [1, 2.5]})
+    assert json.loads(path.read_text()) == {"a": [1, 2.5]}
+    for bad in ({1, 2}, math.nan):
+        with pytest.raises((TypeError, ValueError)):
+            write_json(path, bad)
+    assert json.loads(path.read_text()) == {"a": [1, 2.5]}
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
