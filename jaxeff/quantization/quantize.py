@@ -1,0 +1,207 @@
+"""Quantizes the weights of a function, by pattern.
+
+Which weights share a scale follows from how the function uses each: a scale is
+the same along every dim that some use sums over, so that it can move to the
+output. Rounding itself is in `arrays.py`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from jaxeff import tree
+from jaxeff.program import is_leaf, lift, Site, trace
+
+from .arrays import QArray, quantize_array
+from .formats import int8, Linear
+from .products import LONGEST_SUM
+
+Formats = Mapping[str, Linear | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What becomes of one array: a format, or the reason why none.
+
+    Attributes:
+        path: of the array; inside a compressed weight, that of its part.
+        weight: path of the weight it is or belongs to.
+        contract, batch: dims that share a scale, and that are sliced.
+    """
+
+    path: str
+    weight: str
+    format: Linear | None
+    reason: str = ""
+    contract: tuple[int, ...] = ()
+    batch: tuple[int, ...] = ()
+
+
+def quantize(
+    fn: Callable, params: PyTree, *args: Any, formats: Formats | None = None
+) -> tuple[Callable, PyTree]:
+    """The function, and its weights rounded to few bits.
+
+    Args:
+        fn: `fn(params, *args)`.
+        params: its weights. Those that are factored already have their factors
+            quantized; those that are quantized stay. May be shapes.
+        args: example inputs, arrays or shapes.
+        formats: pattern -> format; of several patterns that match a weight the
+            first counts, and None leaves it as it is. Weights that no product,
+            convolution or look-up uses (biases, norms) stay. By default every
+            weight of two dims or more is `int8`.
+
+    Returns:
+        `lift(fn)`, which multiplies by the integers, and the new weights.
+
+    Raises:
+        ValueError: a pattern matches no weight, or none that can be quantized; a
+            format does not fit a weight.
+    """
+    choices = choose(fn, params, args, formats)
+    return lift(fn), apply(params, choices)
+
+
+def apply(params: PyTree, choices: list[Choice]) -> PyTree:
+    """The weights, each in the format chosen for it."""
+    values, treedef = jax.tree.flatten(params, is_leaf=_is_quantized)
+    new = [_apply(x, c) for x, c in zip(values, choices, strict=True)]
+    return jax.tree.unflatten(treedef, new)
+
+
+def _apply(x: Any, c: Choice) -> Any:
+    if c.format is None:
+        return x
+    round_it = lambda w: _quantize_array(w, c.format, c.contract, c.batch)
+    shape_only = isinstance(x, jax.ShapeDtypeStruct)
+    return jax.eval_shape(round_it, x) if shape_only else round_it(x)
+
+
+_quantize_array = jax.jit(quantize_array, static_argnums=(1, 2, 3))
+
+
+def choose(
+    fn: Callable, params: PyTree, args: tuple, formats: Formats | None
+) -> list[Choice]:
+    """What becomes of each array among the weights; see `quantize`."""
+    arrays = tree.paths(params, _is_quantized)
+    weights = _weights(params, arrays)
+    uses: dict[str, list[Site]] = {path: [] for path in arrays}
+    for site in trace(lift(fn), params, *args).sites:
+        uses.get(site.path, []).append(site)
+    reasons = {p: _why_not(x, uses[p]) for p, x in arrays.items()}
+    if formats is None:
+        asked: dict[str, Linear | None] = {
+            p: int8 for p, x in arrays.items() if not reasons[p] and x.ndim > 1
+        }
+        if not asked:
+            raise ValueError(
+                f"none of the {len(arrays)} weights has two dims or more and is "
+                f"multiplied or looked up ({_some(reasons)}): there is nothing to "
+                "quantize."
+            )
+    else:
+        asked = _asked(formats, weights, reasons)
+    return [
+        _choice(p, weights[p], asked.get(p), reasons[p], arrays[p], uses[p])
+        if p in asked
+        else Choice(p, weights[p], None, reasons[p] or "no pattern matches it")
+        for p in arrays
+    ]
+
+
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, QArray)
+
+
+def _weights(params: PyTree, arrays: Mapping[str, Any]) -> dict[str, str]:
+    """For each array the path of the weight it is, or is a part of."""
+    parts = {}
+    for path, x in tree.paths(params, is_leaf).items():
+        inner = tree.paths(x, _is_quantized) if is_leaf(x) else {"": x}
+        for name in inner:
+            parts[f"{path}/{name}" if name else path] = path
+    return {p: parts[p] for p in arrays}
+
+
+def _why_not(x: Any, uses: list[Site]) -> str:
+    if _is_quantized(x):
+        return "it is quantized already"
+    if not tree.is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
+        return f"it is no floating-point array ({getattr(x, 'dtype', type(x))})"
+    return "" if uses else "no product, convolution or look-up uses it"
+
+
+def _asked(
+    formats: Formats, weights: Mapping[str, str], reasons: Mapping[str, str]
+) -> dict[str, Linear | None]:
+    """The format of each array by the first pattern that matches it."""
+    asked: dict[str, Linear | None] = {}
+    names = dict.fromkeys([*weights.values(), *weights])
+    for pattern, fmt in formats.items():
+        found = set(tree.match(pattern, names))
+        arrays = [p for p, w in weights.items() if p in found or w in found]
+        if fmt is not None and all(reasons[p] for p in arrays):
+            raise ValueError(
+                f"pattern {pattern!r} matches {len(arrays)} weights, but none can be "
+                f"quantized: {_some({p: reasons[p] for p in arrays})}. Choose a "
+                "pattern of kernels or embeddings that are not quantized yet."
+            )
+        for p in arrays:
+            asked.setdefault(p, fmt)
+    return asked
+
+
+def _some(reasons: Mapping[str, str]) -> str:
+    first = [f"{p}: {why}" for p, why in reasons.items() if why][:3]
+    return "; ".join(first) + (" ..." if len(reasons) > 3 else "")
+
+
+def _choice(
+    path: str, weight: str, fmt: Linear | None, reason: str, x: Any, uses: list[Site]
+) -> Choice:
+    if fmt is None or reason:
+        return Choice(path, weight, None, reason or "its format is None")
+    contract = sorted({d for s in uses for d in s.contract})
+    if not contract:  # looked up only: a scale for each row
+        contract = sorted({d for s in uses for d in s.output})
+    batch = sorted({d for s in uses for d in s.batch} - set(contract))
+    try:
+        _check(fmt, uses, x.shape)
+        fmt.blocks(x.shape, contract)
+    except ValueError as e:
+        raise ValueError(
+            f"{path} {tuple(x.shape)} cannot be {fmt.name}: {e} A pattern of its own, "
+            "placed first, gives this weight another format."
+        ) from None
+    return Choice(path, weight, fmt, "", tuple(contract), tuple(batch))
+
+
+def _check(fmt: Linear, uses: list[Site], shape: tuple[int, ...]) -> None:
+    sums = {s.contract for s in uses if s.contract}
+    if fmt.group is not None and len(sums) > 1:
+        raise ValueError(
+            f"groups run along the dims that are summed, but its uses sum over "
+            f"different ones: {sorted(sums)}. Leave out the group."
+        )
+    if fmt.activations is None:
+        return
+    if fmt.group is not None and any(s.primitive != "dot_general" for s in uses):
+        convolved = any(s.primitive.startswith("conv") for s in uses)
+        if convolved:
+            raise ValueError(
+                "an integer convolution sums its whole window in one number, so its "
+                "scale cannot vary within it. Leave out the group, or the activations."
+            )
+    longest = max((math.prod(shape[d] for d in c) for c in sums), default=0)
+    if fmt.group is None and longest > LONGEST_SUM:
+        raise ValueError(
+            f"a sum of {longest:,} products of 8-bit integers can overflow 32 bits "
+            f"(the limit is {LONGEST_SUM:,}). Give it groups, `.grouped(n)`."
+        )

@@ -1,0 +1,201 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxeff import tree
+from jaxeff.program import dense, is_leaf, lift, lift_report
+from jaxeff.quantization import int4, int8, QArray, quantize, w8a8
+from jaxeff.quantization.products import LONGEST_SUM
+from tests.zoo import ZOO
+
+CASES = {c.name: c for c in ZOO}
+SOME = [
+    "linen_mobilenet",
+    "linen_gpt",
+    "linen_llama_scan_remat",
+    "nnx_cnn",
+    "nnx_transformer",
+    "equinox_transformer",
+    "plain_cnn",
+    "plain_transformer",
+    "plain_control_flow",
+]
+
+
+def off(a, b):
+    return float(jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel()))
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_quantized_model_computes_with_its_dense_weights(name, getkey):
+    fn, params, args = CASES[name].build(getkey())
+    lifted, q = quantize(fn, params, *args)
+    assert all(e.native for e in lift_report(lifted, q, *args))
+    leaves = [x for x in jax.tree.leaves(q, is_leaf=is_leaf) if is_leaf(x)]
+    assert leaves and all(x.bits == 8 for x in leaves)
+    _, integer = quantize(fn, params, *args, formats={"**": w8a8})
+
+    @jax.jit
+    def run(params, q, integer):
+        return (
+            fn(params, *args),
+            fn(dense(q), *args),
+            lifted(q, *args),
+            lifted(integer, *args),
+        )
+
+    y, rounded, ours, both = run(params, q, integer)
+    assert off(ours, rounded) < 3e-6
+    assert off(rounded, y) < 0.05
+    assert 0 < off(both, rounded) < 0.05  # now the activations are rounded too
+
+
+def test_a_trained_weight_takes_the_bits_it_claims(getkey):
+    fn, params, args = CASES["linen_gpt"].build(getkey())
+    for fmt, bits in ((int8, 8), (int4, 4), (int4.grouped(8), 8)):
+        _, q = quantize(fn, params, *args, formats={"**/kernel": fmt})
+        for x in jax.tree.leaves(q, is_leaf=is_leaf):
+            if is_leaf(x):
+                scales = 32 * x.scale.size / x.size
+                assert 8 * tree.tree_bytes(x) / x.size == min(bits, fmt.bits) + scales
+
+
+def matmul(params, x):
+    return x @ params["w"]
+
+
+@pytest.mark.parametrize(
+    "fn, shape, lengths",
+    [
+        (matmul, (8, 6), (1, 6)),
+        (lambda p, x: x @ p["w"].T, (6, 8), (6, 1)),
+        (lambda p, x: x @ p["w"].T @ p["w"], (6, 8), (1, 1)),  # summed both ways
+        (lambda p, x: p["w"][jnp.arange(3)] + x[:3, :1], (6, 8), (6, 1)),
+        (lambda p, x: (p["w"][jnp.arange(3)] + x[:3]) @ p["w"].T, (6, 8), (6, 1)),
+        (lambda p, x: x @ p["w"].reshape(8, 6), (8, 2, 3), (1, 2, 3)),
+        (lambda p, x: x @ p["w"].reshape(8, 6), (2, 4, 6), (1, 1, 6)),
+        (lambda p, x: jnp.einsum("bd,hdk->bhk", x, p["w"]), (2, 8, 3), (2, 1, 3)),
+        (
+            lambda p, x: jax.lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0],
+            (3, 8, 8),
+            (3, 1, 8),
+        ),
+        (lambda p, x: jax.vmap(lambda w: x @ w)(p["w"]), (3, 8, 6), (3, 1, 6)),
+    ],
+)
+def test_a_scale_is_shared_along_what_is_summed_and_nothing_else(
+    fn, shape, lengths, normal
+):
+    params, x = {"w": normal(*shape)}, normal(5, 8)
+    lifted, q = quantize(fn, params, x)
+    assert q["w"].scale.shape == lengths
+    assert all(e.native for e in lift_report(lifted, q, x))
+    assert off(jax.jit(lifted)(q, x), jax.jit(fn)(dense(q), x)) < 3e-6
+
+
+def test_the_first_pattern_counts_and_none_leaves_a_weight(normal):
+    fn = lambda p, x: x @ p["a"] @ p["b"] @ p["c"] + p["bias"][None]
+    params = {k: normal(8, 8) for k in "abc"} | {"bias": normal(8)}
+    x = normal(5, 8)
+    formats = {"a": int4, "b": None, "**": w8a8.grouped(4)}
+    _, q = quantize(fn, params, x, formats=formats)
+    assert (q["a"].bits, q["c"].bits, q["c"].activations) == (4, 8, 8)
+    assert q["b"] is params["b"] and q["bias"] is params["bias"]
+    again = quantize(fn, q, x, formats={"**": int8})[1]
+    assert again["a"] is q["a"]  # what is quantized stays
+    assert again["b"].bits == 8
+
+
+def test_shapes_can_be_quantized_without_the_weights(getkey):
+    fn, params, args = CASES["linen_llama"].build(getkey())
+    shapes = jax.eval_shape(lambda p: p, params)
+    _, q = quantize(fn, shapes, *args)
+    _, expected = quantize(fn, params, *args)
+    assert jax.tree.structure(q) == jax.tree.structure(expected)
+    same = jax.tree.map(lambda a, b: a.shape == b.shape, q, expected)
+    assert all(jax.tree.leaves(same))
+
+
+def test_quantizing_can_be_compiled(normal):
+    params, x = {"w": normal(8, 6)}, normal(5, 8)
+    compiled = jax.jit(lambda p: quantize(matmul, p, x, formats={"w": int4})[1])
+    _, eager = quantize(matmul, params, x, formats={"w": int4})
+    np.testing.assert_array_equal(compiled(params)["w"].dense(), eager["w"].dense())
+
+
+def test_without_compressed_weights_nothing_changes(normal):
+    fn, params, x = matmul, {"w": normal(8, 6)}, normal(5, 8)
+    lifted, _ = quantize(fn, params, x)
+    np.testing.assert_array_equal(lifted(params, x), fn(params, x))
+    assert quantize(lifted, params, x)[0] is lift(lifted) is lifted
+
+
+def conv(params, x):
+    return jax.lax.conv(x, params["w"], (1, 1), "SAME")
+
+
+BAD = {
+    "no weight": (
+        lambda p, x: x @ p["w"],
+        {"w": (8, 6)},
+        {"**/kernel": int8},
+        "matches none of the 1 weights. Nearest: w",
+    ),
+    "only biases": (
+        lambda p, x: x @ p["w"] + p["bias"][None],
+        {"w": (8, 6), "bias": (6,)},
+        {"bias": int8},
+        "none can be quantized: bias: no product, convolution or look-up uses it",
+    ),
+    "nothing at all": (
+        lambda p, x: x * p["w"],
+        {"w": (5, 8)},
+        None,
+        "there is nothing to quantize",
+    ),
+    "group": (
+        matmul,
+        {"w": (8, 6)},
+        {"w": int4.grouped(3)},
+        r"w \(8, 6\) cannot be int4 groups of 3: a group of 3 weights must divide the "
+        r"summed dims \[8\] evenly.* among \[1, 2, 4, 8\], or None",
+    ),
+    "group of a weight summed both ways": (
+        lambda p, x: x @ p["w"] @ p["w"].T,
+        {"w": (8, 6)},
+        {"w": int4.grouped(2)},
+        r"its uses sum over different ones: \[\(0,\), \(1,\)\]. Leave out the group",
+    ),
+    "group in an integer convolution": (
+        conv,
+        {"w": (6, 8, 3, 3)},
+        {"w": w8a8.grouped(3)},
+        "Leave out the group, or the activations",
+    ),
+    "overflow": (
+        matmul,
+        {"w": (LONGEST_SUM + 1, 1)},
+        {"w": w8a8},
+        f"limit is {LONGEST_SUM:,}.* Give it groups",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_line(name):
+    fn, shapes, formats, message = BAD[name]
+    params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+    x_shape = (5, shapes["w"][0]) if fn is matmul else (5, 8)
+    x = jax.ShapeDtypeStruct((1, 8, 5, 5) if fn is conv else x_shape, jnp.float32)
+    with pytest.raises(ValueError, match=message) as e:
+        quantize(fn, params, x, formats=formats)
+    assert "\n" not in str(e.value)
+
+
+def test_what_is_quantized_already_is_no_match(normal):
+    params, x = {"w": normal(8, 6)}, normal(5, 8)
+    fn, q = quantize(matmul, params, x)
+    assert isinstance(q["w"], QArray)
+    with pytest.raises(ValueError, match="w: it is quantized already"):
+        quantize(fn, q, x, formats={"w": int4})
