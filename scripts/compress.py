@@ -1,0 +1,495 @@
+"""Train a model, compress it in several ways, and show what each costs and saves.
+
+    python scripts/compress.py
+    python scripts/compress.py --data cifar10 --data-dir DIR --load resnet20.safetensors
+
+Makes the dense model, then: shrunk (half of the channels, fine-tuned), shrunk and
+distilled, low-rank, int8, int4, and the chain (shrunk, distilled, int8). Prints a
+table and writes to `--out`: `report.html`, `results.json`, and each model as a
+checkpoint that `jaxeff.training.load_model` reads. `--resume` continues a run that
+was stopped.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from flax.errors import FlaxError
+from rich.console import Console
+from rich.table import Table
+
+from jaxeff import cost, data, models, parallelism
+from jaxeff.distillation import response_loss, taught
+from jaxeff.lowrank import energy, factorize
+from jaxeff.program import like
+from jaxeff.pruning import shrink
+from jaxeff.quantization import int4, int8, quantize, w8a8
+from jaxeff.training import (
+    accuracy,
+    Checkpoints,
+    classification_loss,
+    classifier,
+    fit,
+    forms,
+    init_state,
+    load_model,
+    make_train_step,
+    save_model,
+)
+from jaxeff.training.cli import main
+from jaxeff.training.report import write_report
+
+# How the trained ResNet-20 wants its input: the usual statistics of ImageNet.
+RESNET20_INPUT = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+# What suits each data set on two CPU cores.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "digits": {"model": "cnn", "epochs": 20, "finetune_epochs": 60, "batch_size": 64},
+    "fashion_mnist": {
+        "model": "cnn",
+        "epochs": 3,
+        "finetune_epochs": 2,
+        "batch_size": 128,
+    },
+    "cifar10": {
+        "model": "resnet20",
+        "epochs": 30,
+        "finetune_epochs": 8,
+        "batch_size": 128,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a model, compress it in several ways, show what each costs and saves."""
+
+    data: Literal["digits", "fashion_mnist", "cifar10"] = "digits"
+    """Data set; digits are part of the package."""
+    data_dir: Path | None = None
+    """Folder with the files of the data set."""
+    model: str | None = None
+    """Model to train, one of jaxeff.models; by default one that suits the data."""
+    load: Path | None = None
+    """Start from this trained model instead: the dense checkpoint of an earlier run
+    (a folder), or the ResNet-20 for CIFAR-10 as .safetensors."""
+    out: Path = Path("runs/compress")
+    """Folder for the report, the results and the models."""
+    resume: bool = False
+    """Continue the run in --out, made with the same options."""
+    epochs: int | None = None
+    """Passes over the data to train the dense model."""
+    finetune_epochs: int | None = None
+    """Passes over the data after shrinking; half as many after factorising."""
+    batch_size: int | None = None
+    """Images per training step, over all devices."""
+    learning_rate: float = 3e-3
+    """Of AdamW for the dense model, at its peak."""
+    finetune_learning_rate: float = 2e-3
+    """Of AdamW when fine-tuning, at its peak."""
+    keep: float = 0.5
+    """Fraction of each coupling's channels that stay, in (0, 1]."""
+    retained_energy: float = 0.7
+    """Fraction of each kernel's squared singular values that low-rank keeps."""
+    temperature: float = 4.0
+    """Of distillation: above 1 the teacher's answers are softer."""
+    latency_batch: int = 32
+    """Images per call when latency and energy are measured."""
+    usd_per_hour: float = 0.10
+    """Price of this machine, in US dollars per hour."""
+    place: str = "world"
+    """Country or cloud region whose electricity is counted."""
+    seed: int = 0
+    """Of the weights, the shuffles and the augmentation."""
+
+    def resolved(self) -> "Config":
+        """With what suits the data where nothing was said."""
+        chosen = {
+            k: v for k, v in DEFAULTS[self.data].items() if getattr(self, k) is None
+        }
+        return dataclasses.replace(self, **chosen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+    """One version of the model."""
+
+    name: str
+    fn: Callable
+    params: Any
+    train_seconds: float = 0.0
+
+
+class Run:
+    """The state of one run of this script: its options, its data, its folder."""
+
+    def __init__(self, config: Config):
+        self.config = config = config.resolved()
+        is_file = config.load is not None and config.load.suffix == ".safetensors"
+        if is_file:
+            if config.data != "cifar10":
+                raise ValueError(
+                    f"a .safetensors file is a ResNet-20 for cifar10, but --data is "
+                    f"{config.data}. Pass --data cifar10 with its --data-dir."
+                )
+            model, self.variables = models.load_resnet20(config.load)
+        norm = RESNET20_INPUT if is_file else {}
+        self.train, self.test = data.load(config.data, config.data_dir, **norm)
+        self.example = jnp.asarray(self.train.images[:1])
+        self.mesh = parallelism.make_mesh()
+        self.sharding = parallelism.batch_sharding(self.mesh, config.batch_size)
+        # Raises where there are too few images for a batch.
+        data.batches(self.train, config.batch_size)
+        self.console = Console()
+        self.loaded: Version | None = None
+        if not is_file:
+            model = models.build(config.model, classes=len(self.train.classes))
+            self.variables = model.init(jr.key(config.seed), self.example)
+        self.eval_fn, self.train_fn = forms(model, self.variables)
+        if is_file:
+            self.loaded = Version("dense", self.eval_fn, self.variables)
+        elif config.load is not None:
+            fn, params, meta = load_model(config.load, self.eval_fn, self.variables)
+            seconds = meta.get("train_seconds", 0.0)
+            self.loaded = Version("dense", fn, params, seconds)
+        if self.loaded is not None:
+            self._check_answers(self.loaded)
+
+    def _check_answers(self, v: Version) -> None:
+        """Refuses a loaded model that is not one for these images."""
+        shape, classes = self.example.shape[1:], len(self.train.classes)
+        try:
+            logits = jax.eval_shape(v.fn, v.params, self.example).shape
+        except FlaxError:
+            logits = None
+        if logits != (1, classes):
+            raise ValueError(
+                f"a model for {self.config.data} takes images of shape {shape} and "
+                f"gives {classes} logits, but {self.config.load} "
+                f"{'does not take them' if logits is None else f'gives {logits[1:]}'}. "
+                "Choose the --data it was trained on."
+            )
+
+    def path(self, *parts: str) -> Path:
+        """A path in the output folder."""
+        return self.config.out.joinpath(*parts)
+
+    def accuracy(self, v: Version) -> float:
+        """On all test images."""
+        return accuracy(v.fn, v.params, self.test, 500)
+
+    def fit(
+        self,
+        name: str,
+        params: Any,
+        train_fn: Callable,
+        *,
+        epochs: float,
+        learning_rate: float,
+        teacher: Version | None = None,
+    ) -> tuple[Any, float]:
+        """Trains, or goes on from the last checkpoint. The weights, and the seconds."""
+        config, began = self.config, time.perf_counter()
+        per_epoch = data.steps_per_epoch(self.train, config.batch_size)
+        steps = max(1, round(epochs * per_epoch))
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, learning_rate, max(1, steps // 20), max(2, steps)
+        )
+        tx = optax.adamw(schedule, weight_decay=1e-3)
+        state = init_state(params, tx, jr.key(config.seed), trainable="params/**")
+        state = parallelism.replicate(state, self.mesh)
+        forward = classifier(train_fn, augment=self.augment)
+        if teacher is None:
+            loss = classification_loss(train_fn, augment=self.augment)
+            step = make_train_step(loss, tx, trainable="params/**")
+        else:
+            loss = response_loss(forward, teacher.fn, temperature=config.temperature)
+            step = make_train_step(loss, tx, trainable="params/**")
+            step = taught(step, parallelism.replicate(teacher.params, self.mesh))
+        self.console.print(f"[bold]{name}[/bold]: {steps} steps of {config.batch_size}")
+        with Checkpoints(self.path("steps", _slug(name)), keep=1) as checkpoints:
+            if checkpoints.latest() is not None:
+                state = checkpoints.restore(state)
+            batches = data.batches(
+                self.train,
+                config.batch_size,
+                seed=config.seed,
+                start_step=int(state.step),
+            )
+            with contextlib.closing(data.prefetch(batches, self.sharding)) as stream:
+                state = fit(
+                    step,
+                    state,
+                    stream,
+                    steps=steps,
+                    checkpoint=checkpoints,
+                    checkpoint_every=max(1, steps // 4),
+                )
+        return state.params, time.perf_counter() - began
+
+    @functools.cached_property
+    def augment(self) -> Callable | None:
+        """Shifts and mirror images, where they are still the same thing.
+
+        A shift fills the border with the mean colour, which is right for photographs
+        and wrong for the black around a digit or a shirt.
+        """
+        if self.config.data == "digits":
+            return None
+        pad = 4 if self.config.data == "cifar10" else 0
+        return lambda key, x: data.augment(key, x, pad=pad)
+
+    def version(self, name: str, make: Callable[[], Version]) -> Version:
+        """Makes a version and saves it; reads it back if the run is resumed."""
+        folder = self.path("models", _slug(name))
+        if folder.exists():
+            fn, params, meta = load_model(folder, self.eval_fn, self.variables)
+            self.console.print(f"[bold]{name}[/bold]: from {folder}")
+            return Version(name, fn, params, meta["train_seconds"])
+        made = make()
+        meta = {"name": name, "train_seconds": made.train_seconds}
+        save_model(folder, made.fn, made.params, meta)
+        return made
+
+    def dense(self) -> Version:
+        """The model to be compressed: loaded, or trained here."""
+
+        def make() -> Version:
+            if self.loaded is not None:
+                return self.loaded
+            params, seconds = self.fit(
+                "dense",
+                self.variables,
+                self.train_fn,
+                epochs=self.config.epochs,
+                learning_rate=self.config.learning_rate,
+            )
+            return Version("dense", self.eval_fn, params, seconds)
+
+        return self.version("dense", make)
+
+
+def _slug(name: str) -> str:
+    return (
+        "".join(c if c.isalnum() else "-" for c in name).strip("-").replace("--", "-")
+    )
+
+
+def compress(run: Run) -> list[Version]:
+    """The dense model and every compressed version of it."""
+    config, x = run.config, run.example
+    dense = run.dense()
+    fn, params = dense.fn, dense.params
+
+    def shrunk_by(name: str, distilled: bool) -> Version:
+        small_fn, small = shrink(fn, params, x, keep=config.keep)
+        small, seconds = run.fit(
+            name,
+            small,
+            like(small_fn, run.train_fn),
+            teacher=dense if distilled else None,
+            epochs=config.finetune_epochs,
+            learning_rate=config.finetune_learning_rate,
+        )
+        return Version(name, small_fn, small, seconds)
+
+    def low_rank(name: str) -> Version:
+        ranks = {"params/**/kernel": energy(config.retained_energy)}
+        low_fn, low = factorize(fn, params, x, ranks=ranks)
+        low, seconds = run.fit(
+            name,
+            low,
+            like(low_fn, run.train_fn),
+            epochs=config.finetune_epochs / 2,
+            learning_rate=config.finetune_learning_rate / 4,
+        )
+        return Version(name, low_fn, low, seconds)
+
+    def quantized(name: str, of: Version, format: Any) -> Version:
+        q_fn, q = quantize(of.fn, of.params, x, formats={"params/**/kernel": format})
+        return Version(name, q_fn, q, of.train_seconds)
+
+    shrunk = run.version("shrunk", lambda: shrunk_by("shrunk", False))
+    distilled = run.version(
+        "shrunk + distilled", lambda: shrunk_by("shrunk + distilled", True)
+    )
+    return [
+        dense,
+        shrunk,
+        distilled,
+        run.version("low-rank", lambda: low_rank("low-rank")),
+        run.version("int8 (w8a8)", lambda: quantized("int8 (w8a8)", dense, w8a8)),
+        run.version("int4", lambda: quantized("int4", dense, int4)),
+        run.version("chain", lambda: quantized("chain", distilled, int8)),
+    ]
+
+
+def measure(run: Run, versions: list[Version]) -> list[dict[str, Any]]:
+    """One row for each version: accuracy, and all costs measured interleaved."""
+    config = run.config
+    batch = jnp.asarray(run.test.images[: config.latency_batch])
+    run.console.print("[bold]measuring[/bold] latency and energy, interleaved")
+    profiles = cost.compare(
+        {v.name: (v.fn, v.params) for v in versions},
+        (batch,),
+        examples=len(batch),
+        max_seconds=60,
+        progress=run.console.is_terminal,
+    )
+    rows = []
+    for v, profile in zip(versions, profiles, strict=True):
+        row = profile.row(usd_per_hour=config.usd_per_hour, place=config.place)
+        row |= {
+            "accuracy": run.accuracy(v),
+            "train_seconds": v.train_seconds,
+            "checkpoint": f"models/{_slug(v.name)}",
+        }
+        rows.append(row)
+    return rows
+
+
+def results(run: Run, versions: list[Version]) -> dict[str, Any]:
+    """Everything the run found, as plain data."""
+    config, rows, x = run.config, measure(run, versions), run.example
+    device = jax.devices()[0]
+    intensity = cost.intensity(config.place)
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    return {
+        "title": f"{config.model}, compressed ({config.data})",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": f"{jax.device_count()} x {device.device_kind} ({platform.machine()})",
+        "versions": {p: importlib.metadata.version(p) for p in packages},
+        "data": {
+            "name": config.data,
+            "train": len(run.train),
+            "test": len(run.test),
+        },
+        "options": json.loads(_json(dataclasses.asdict(config))),
+        "rows": rows,
+        "layers": {
+            v.name: cost.layer_costs(v.fn, v.params, x)
+            for v in (versions[0], versions[-1])
+        },
+        "methods": {
+            "latency": rows[0]["latency_method"],
+            "energy": rows[0]["energy_method"],
+            "memory": rows[0]["memory_method"],
+            "money": f"latency at {config.usd_per_hour} USD per hour of this machine",
+            "carbon": f"energy at {intensity}",
+        },
+        "notes": [
+            f"shrunk: {config.keep:.0%} of the channels of each coupling stay, "
+            "fine-tuned. chain: shrunk, distilled from the dense model, then int8.",
+            f"Latency is of one call with {config.latency_batch} images; energy, FLOPs "
+            "and carbon are per image.",
+        ],
+    }
+
+
+def show(run: Run, rows: list[dict[str, Any]]) -> None:
+    """Prints the table."""
+    table = Table(title=f"{run.config.model} on {run.config.data}")
+    columns = {
+        "bytes": ("size", "B"),
+        "parameters": ("parameters", ""),
+        "flops": ("FLOPs/image", ""),
+        "latency_s": ("latency", "s"),
+        "energy_j": ("energy/image", "J"),
+    }
+    table.add_column("version")
+    headings = ("accuracy", *(h for h, _ in columns.values()), "USD/million")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        cells = [cost.quantity(row[k], unit) for k, (_, unit) in columns.items()]
+        price = f"{row['usd_per_million']:.2g}"
+        table.add_row(row["name"], f"{row['accuracy']:.2%}", *cells, price)
+    run.console.print(table)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, default=str)
+
+
+def prepare(config: Config) -> None:
+    """Makes the folder of the run, empty unless the run is resumed."""
+    if config.resume:
+        return
+    if config.out.exists():
+        shutil.rmtree(config.out)
+    config.out.mkdir(parents=True)
+    (config.out / "options.json").write_text(_json(_identity(config)))
+
+
+def _check_folder(config: Config) -> None:
+    marker, options = config.out / "options.json", _json(_identity(config))
+    if config.resume and not marker.exists():
+        raise ValueError(
+            f"--resume continues a run, but {config.out} holds none. Leave it out "
+            "to start one."
+        )
+    if config.resume and marker.read_text() != options:
+        raise ValueError(
+            f"--resume continues a run with the same options, but {marker} has others. "
+            "Repeat those, or choose another --out."
+        )
+    if config.out.exists() and not marker.exists() and any(config.out.iterdir()):
+        raise ValueError(
+            f"{config.out} is not empty and holds no run of this script. Choose "
+            "another --out."
+        )
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    """The options that decide what a run computes."""
+    return {
+        k: v
+        for k, v in dataclasses.asdict(config.resolved()).items()
+        if k not in ("resume", "out")
+    }
+
+
+def check(config: Config) -> None:
+    """Refuses what can be seen to be wrong before anything is read."""
+    if not 0 < config.keep <= 1:
+        raise ValueError(f"--keep is a fraction in (0, 1], got {config.keep}.")
+    if not 0 < config.retained_energy <= 1:
+        raise ValueError(
+            f"--retained-energy is a fraction in (0, 1], got {config.retained_energy}."
+        )
+    if config.load is not None and not config.load.exists():
+        raise ValueError(f"--load {config.load}: there is no such file or folder.")
+    cost.intensity(config.place)
+    _check_folder(config)
+
+
+def run(config: Config) -> Mapping[str, Any]:
+    """The whole run: check, read, train, compress, measure, write."""
+    check(config)
+    state = Run(config)
+    prepare(config)
+    versions = compress(state)
+    found = results(state, versions)
+    whole = state.path(".results.json")
+    whole.write_text(_json(found))
+    whole.replace(state.path("results.json"))
+    write_report(state.path("report.html"), found)
+    show(state, found["rows"])
+    state.console.print(f"Report: {state.path('report.html')}")
+    return found
+
+
+if __name__ == "__main__":
+    main(run, Config)
