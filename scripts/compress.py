@@ -5,7 +5,7 @@
 
 Makes the dense model, then: shrunk (half of the channels, fine-tuned), shrunk and
 distilled, low-rank, int8, int4, and the chain (shrunk, distilled, int8). Prints a
-table and writes to `--out`: `report.html`, `results.json`, and each model as a
+table and writes to `--output`: `report.html`, `results.json`, and each model as a
 checkpoint that `jaxeff.training.load_model` reads. `--resume` continues a run that
 was stopped.
 """
@@ -85,10 +85,10 @@ class Config:
     load: Path | None = None
     """Start from this trained model instead: the dense checkpoint of an earlier run
     (a folder), or the ResNet-20 for CIFAR-10 as .safetensors."""
-    out: Path = Path("runs/compress")
+    output: Path = Path("runs/compress")
     """Folder for the report, the results and the models."""
     resume: bool = False
-    """Continue the run in --out, made with the same options."""
+    """Continue the run in --output, made with the same options."""
     epochs: int | None = None
     """Passes over the data to train the dense model."""
     finetune_epochs: int | None = None
@@ -184,7 +184,7 @@ class Run:
 
     def path(self, *parts: str) -> Path:
         """A path in the output folder."""
-        return self.config.out.joinpath(*parts)
+        return self.config.output.joinpath(*parts)
 
     def accuracy(self, v: Version) -> float:
         """On all test images."""
@@ -427,28 +427,28 @@ def prepare(config: Config) -> None:
     """Makes the folder of the run, empty unless the run is resumed."""
     if config.resume:
         return
-    if config.out.exists():
-        shutil.rmtree(config.out)
-    config.out.mkdir(parents=True)
-    (config.out / "options.json").write_text(_json(_identity(config)))
+    if config.output.exists():
+        shutil.rmtree(config.output)
+    config.output.mkdir(parents=True)
+    (config.output / "options.json").write_text(_json(_identity(config)))
 
 
 def _check_folder(config: Config) -> None:
-    marker, options = config.out / "options.json", _json(_identity(config))
+    marker, options = config.output / "options.json", _json(_identity(config))
     if config.resume and not marker.exists():
         raise ValueError(
-            f"--resume continues a run, but {config.out} holds none. Leave it out "
+            f"--resume continues a run, but {config.output} holds none. Leave it out "
             "to start one."
         )
     if config.resume and marker.read_text() != options:
         raise ValueError(
             f"--resume continues a run with the same options, but {marker} has others. "
-            "Repeat those, or choose another --out."
+            "Repeat those, or choose another --output."
         )
-    if config.out.exists() and not marker.exists() and any(config.out.iterdir()):
+    if config.output.exists() and not marker.exists() and any(config.output.iterdir()):
         raise ValueError(
-            f"{config.out} is not empty and holds no run of this script. Choose "
-            "another --out."
+            f"{config.output} is not empty and holds no run of this script. Choose "
+            "another --output."
         )
 
 
@@ -457,7 +457,7 @@ def _identity(config: Config) -> dict[str, Any]:
     return {
         k: v
         for k, v in dataclasses.asdict(config.resolved()).items()
-        if k not in ("resume", "out")
+        if k not in ("resume", "output")
     }
 
 

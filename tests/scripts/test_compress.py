@@ -37,7 +37,7 @@ def error_of(capsys, *args):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("compress") / "run"
-    compress("--out", out, *TINY)
+    compress("--output", out, *TINY)
     return out
 
 
@@ -81,7 +81,7 @@ def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, capsys):
     for name in ("report.html", "results.json", "models/chain", "models/low-rank"):
         gone = out / name
         shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
-    compress("--out", out, *TINY, "--resume")
+    compress("--output", out, *TINY, "--resume")
     said = capsys.readouterr().out
     assert "dense: from" in said and "chain: from" not in said
     before, after = (
@@ -90,7 +90,7 @@ def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, capsys):
     )
     assert [r["accuracy"] for r in before] == [r["accuracy"] for r in after]
     changed = [*TINY[:-1], "4"]
-    assert "same options" in error_of(capsys, "--out", out, *changed, "--resume")
+    assert "same options" in error_of(capsys, "--output", out, *changed, "--resume")
 
 
 @pytest.mark.parametrize(
@@ -111,13 +111,13 @@ def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, capsys):
 )
 def test_bad_input_is_one_line_and_leaves_nothing(args, says, tmp_path, capsys):
     out = tmp_path / "out"
-    assert says in error_of(capsys, "--out", out, *args)
+    assert says in error_of(capsys, "--output", out, *args)
     assert not out.exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert "not empty" in error_of(capsys, "--out", tmp_path)
+    assert "not empty" in error_of(capsys, "--output", tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
@@ -125,12 +125,12 @@ def test_a_damaged_model_file_is_refused(tmp_path, capsys):
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"not a model")
     assert "safetensors" in error_of(
-        capsys, "--out", tmp_path / "out", "--load", file, "--data", "cifar10"
+        capsys, "--output", tmp_path / "out", "--load", file, "--data", "cifar10"
     )
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path, capsys):
-    args = ("--out", tmp_path / "out", *TINY, "--learning-rate", "1e30")
+    args = ("--output", tmp_path / "out", *TINY, "--learning-rate", "1e30")
     assert "at step" in error_of(capsys, *args)
