@@ -12,11 +12,8 @@ was stopped.
 
 import contextlib
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
 import json
-import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -51,6 +48,7 @@ from jaxeff.training import (
 )
 from jaxeff.training.cli import main
 from jaxeff.training.report import write_report
+from jaxeff.training.results import about, write_json
 
 # How the trained ResNet-20 wants its input: the usual statistics of ImageNet.
 RESNET20_INPUT = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -66,7 +64,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cifar10": {
         "model": "resnet20",
         "epochs": 30,
-        "finetune_epochs": 8,
+        "finetune_epochs": 5,
         "batch_size": 128,
     },
 }
@@ -363,14 +361,13 @@ def measure(run: Run, versions: list[Version]) -> list[dict[str, Any]]:
 def results(run: Run, versions: list[Version]) -> dict[str, Any]:
     """Everything the run found, as plain data."""
     config, rows, x = run.config, measure(run, versions), run.example
-    device = jax.devices()[0]
-    intensity = cost.intensity(config.place)
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    machine, intensity = about(), cost.intensity(config.place)
     return {
         "title": f"{config.model}, compressed ({config.data})",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": f"{jax.device_count()} x {device.device_kind} ({platform.machine()})",
-        "versions": {p: importlib.metadata.version(p) for p in packages},
+        "date": machine["date"],
+        "device": f"{machine['devices']} x {machine['device']} "
+        f"({machine['processor']}, {machine['cores']} cores)",
+        "versions": machine["versions"],
         "data": {
             "name": config.data,
             "train": len(run.train),
@@ -482,9 +479,7 @@ def run(config: Config) -> Mapping[str, Any]:
     prepare(config)
     versions = compress(state)
     found = results(state, versions)
-    whole = state.path(".results.json")
-    whole.write_text(_json(found))
-    whole.replace(state.path("results.json"))
+    write_json(state.path("results.json"), found)
     write_report(state.path("report.html"), found)
     show(state, found["rows"])
     state.console.print(f"Report: {state.path('report.html')}")
