@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, dataclass_transform, TypeVar
+from typing import Any, cast, dataclass_transform, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def pytree(cls: type[T]) -> type[T]:
     Law: unflatten(flatten(x)) equals x, field by field.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
-    fields = dataclasses.fields(cls)  # ty: ignore
+    fields = dataclasses.fields(cast(Any, cls))
     children = [f.name for f in fields if not f.metadata.get("static")]
     fixed = [f.name for f in fields if f.metadata.get("static")]
 
@@ -65,16 +65,40 @@ def path_name(keypath: tuple) -> str:
 
 
 def paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """Every leaf of `tree` by its path, in the order JAX flattens it."""
+    """Every leaf of `tree` by its path, in the order JAX flattens it.
+
+    Raises:
+        ValueError: two leaves have the same path (`{"a/b": x, "a": {"b": y}}`).
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf)
-    return {path_name(keypath): leaf for keypath, leaf in leaves}
+    named = {path_name(keypath): leaf for keypath, leaf in leaves}
+    if len(named) < len(leaves):
+        names = [path_name(keypath) for keypath, _ in leaves]
+        twice = next(n for n in names if names.count(n) > 1)
+        raise ValueError(
+            f"{names.count(twice)} weights are called {twice}: a path must name one. "
+            "Rename a key, or leave `/` out of it."
+        )
+    return named
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
     # `**/` is any number of whole components (also none); `*` stays inside one.
-    tokens = {"**/": "(?:.*/)?", "/**": "(?:/.*)?", "**": ".*", "*": "[^/]*", "?": "."}
-    split = re.split(r"(\*\*/|/\*\*$|\*\*|\*|\?)", pattern)
-    return re.compile("".join(tokens.get(t, re.escape(t)) for t in split))
+    tokens = {
+        "**/": "(?:.*/)?",
+        "/**": "(?:/.*)?",
+        "**": ".*",
+        "*": "[^/]*",
+        "?": "[^/]",
+    }
+    split = re.split(r"(\*\*/|/\*\*$|\*\*|\*|\?|\{[^{}]*\})", pattern)
+
+    def translate(token: str) -> str:
+        if token.startswith("{") and token.endswith("}"):
+            return f"(?:{'|'.join(map(re.escape, token[1:-1].split(',')))})"
+        return tokens.get(token, re.escape(token))
+
+    return re.compile("".join(map(translate, split)))
 
 
 def match(
@@ -84,7 +108,7 @@ def match(
 
     Args:
         patterns: one glob or several. `*` matches within one component of a
-            path, `**` across components.
+            path, `**` across components, `{up,down}` either word.
         names: the paths to choose from.
         what: what a name stands for, for the error message.
 

@@ -82,8 +82,8 @@ class Couplings(Sequence[Coupling]):
         return [c for c in self.all if any(p == path for p, _ in c.members)]
 
     def masks(
-        self, path: str, keep: Mapping[str, Bool[np.ndarray, " n"]]
-    ) -> list[Bool[np.ndarray, " n"]]:
+        self, path: str, keep: Mapping[str, Bool[np.ndarray, " _"]]
+    ) -> list[Bool[np.ndarray, " _"]]:
         """For each dim of a weight which indices stay, given that for couplings.
 
         Args:

@@ -30,7 +30,7 @@ class Dim:
     parts: tuple["Dim", ...] = ()
     link: "Dim | None" = None  # the dim that it was united with
     reason: Callable[[], str] | None = None  # why its indices must all stay
-    new: int | None = None  # its size in the program to be run
+    new: int | None = None  # its size in the program to be run, if that is smaller
 
 
 def find(d: Dim) -> Dim:
@@ -61,7 +61,7 @@ def new_size(d: Dim) -> int:
     return d.size if d.new is None else d.new
 
 
-def kept(d: Dim, masks: Mapping[Dim, Bool[np.ndarray, " n"]]) -> Bool[np.ndarray, " n"]:
+def kept(d: Dim, masks: Mapping[Dim, Bool[np.ndarray, " _"]]) -> Bool[np.ndarray, " _"]:
     """Which indices of a dim stay, given which indices of its atoms do."""
     d = find(d)
     if d.kind == "cat":
@@ -117,7 +117,7 @@ def concat(parts: Sequence[Dim]) -> Dim:
 def fix(d: Dim, reason: Callable[[], str]) -> Dim:
     """Says that all indices of a dim must stay, and why."""
     for atom in atoms(d):
-        if atom.new is not None and atom.new != atom.size:
+        if atom.new is not None:
             raise Conflict(
                 f"a dim of size {atom.size} was shrunk to {atom.new}, but must keep "
                 f"its size: {reason()}."
@@ -129,7 +129,7 @@ def fix(d: Dim, reason: Callable[[], str]) -> Dim:
 
 def _become(d: Dim, kind: str, parts: tuple[Dim, ...]) -> None:
     """Turns an atom into a finer dim."""
-    if d.new is not None and d.new != d.size:
+    if d.new is not None:
         raise Conflict(
             f"a dim of size {d.size} was shrunk to {d.new}, but this function cuts it "
             f"into {' and '.join(str(p.size) for p in parts)}, and nothing says "
@@ -139,9 +139,6 @@ def _become(d: Dim, kind: str, parts: tuple[Dim, ...]) -> None:
     if d.reason is not None:
         for part in parts:
             part.reason = d.reason
-    if d.new is not None:
-        for part in parts:
-            part.new = part.size
 
 
 def cut(d: Dim, at: int) -> tuple[Dim, Dim] | None:
@@ -233,10 +230,12 @@ def _unite_atom(a: Dim, b: Dim) -> None:
             b.new = a.new
             if b.reason is not None:
                 fix(b, b.reason)
-        elif new_size(b) != a.new:
+        else:
+            # Even to the same size: nothing says that the same indices stayed.
             raise Conflict(
-                f"a dim of size {a.size} would become {a.new} by one weight and "
-                f"{new_size(b)} by another."
+                f"a dim of size {a.size} was shrunk to {a.new} in one weight and, on "
+                f"its own, to {new_size(b)} in another, but this function makes the "
+                "two one."
             )
     if a.reason is not None:
         fix(b, a.reason)

@@ -90,19 +90,59 @@ def bodies(eqn: JaxprEqn, where: Where = ()) -> list[Body]:
 
 
 def equations(
-    jaxpr: ClosedJaxpr, where: Where = (), times: int | None = 1
+    jaxpr: ClosedJaxpr,
+    where: Where = (),
+    times: int | None = 1,
+    used: Sequence[bool] | None = None,
 ) -> Iterator[tuple[Where, JaxprEqn, int | None]]:
-    """Every equation, bodies entered, with its place and how often it runs.
+    """Every equation that matters, bodies entered, with its place and its runs.
 
-    `None` stands for an unknown number of times: somewhere inside a `while`.
+    `None` runs stands for an unknown number: somewhere inside a `while`. What no
+    output depends on is left out, as the compiler does. `used` says which
+    outputs are needed; by default all.
     """
-    for i, eqn in enumerate(jaxpr.jaxpr.eqns):
-        here = (*where, i)
+    for i, outs in _needed(jaxpr, used)[0]:
+        eqn, here = jaxpr.jaxpr.eqns[i], (*where, i)
         yield here, eqn, times
         for body in bodies(eqn, here):
-            known = times is not None and body.times is not None
-            inner = times * body.times if known else None
-            yield from equations(body.jaxpr, body.where, inner)
+            inner = product(times, body.times)
+            yield from equations(body.jaxpr, body.where, inner, _asked(body, outs))
+
+
+def product(a: int | None, b: int | None) -> int | None:
+    """How often something runs inside something that runs; None is unknown."""
+    return None if a is None or b is None else a * b
+
+
+def _asked(body: Body, outs: list[bool]) -> list[bool] | None:
+    """Which outputs of a body are needed, given which of its equation are."""
+    return outs if body.kind in ("call", "cond") else None
+
+
+def _needed(
+    jaxpr: ClosedJaxpr, used: Sequence[bool] | None
+) -> tuple[list[tuple[int, list[bool]]], list[bool]]:
+    """The equations that outputs depend on, and which inputs those depend on.
+
+    With each equation, by its index, comes which of its own outputs are needed.
+    """
+    used = [True] * len(jaxpr.jaxpr.outvars) if used is None else used
+    live = {v for v, u in zip(jaxpr.jaxpr.outvars, used, strict=True) if u}
+    live = {v for v in live if isinstance(v, Var)}
+    found: list[tuple[int, list[bool]]] = []
+    for i in reversed(range(len(jaxpr.jaxpr.eqns))):
+        eqn = jaxpr.jaxpr.eqns[i]
+        outs = [v in live for v in eqn.outvars]
+        if not any(outs) and not eqn.effects:
+            continue
+        found.append((i, outs))
+        read = eqn.invars
+        inner = bodies(eqn)
+        if inner and inner[0].kind == "call":
+            ins = _needed(inner[0].jaxpr, outs)[1]
+            read = [v for v, needed in zip(read, ins, strict=True) if needed]
+        live.update(v for v in read if isinstance(v, Var))
+    return found[::-1], [v in live for v in jaxpr.jaxpr.invars]
 
 
 def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
@@ -117,15 +157,16 @@ def _shape(v: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
 
 
-def _is_inexact(v: Any) -> bool:
+def is_inexact(v: Any) -> bool:
+    """Whether a variable holds floating-point or complex numbers."""
     return jnp.issubdtype(v.aval.dtype, jnp.inexact)
 
 
 @functools.lru_cache(maxsize=256)
 def _jvp_program(eqn: JaxprEqn) -> ClosedJaxpr:
     """(operands, tangents of the inexact ones) -> (outputs, tangents) as a program."""
-    floats = [i for i, v in enumerate(eqn.invars) if _is_inexact(v)]
-    outs = [i for i, v in enumerate(eqn.outvars) if _is_inexact(v)]
+    floats = [i for i, v in enumerate(eqn.invars) if is_inexact(v)]
+    outs = [i for i, v in enumerate(eqn.outvars) if is_inexact(v)]
 
     def jvp(primals, tangents):
         def run(*inexact):
@@ -144,8 +185,8 @@ def _jvp_program(eqn: JaxprEqn) -> ClosedJaxpr:
 @functools.lru_cache(maxsize=256)
 def _vjp_program(eqn: JaxprEqn) -> ClosedJaxpr:
     """(operands, cotangents of inexact outputs) -> cotangents of inexact operands."""
-    floats = [i for i, v in enumerate(eqn.invars) if _is_inexact(v)]
-    outs = [i for i, v in enumerate(eqn.outvars) if _is_inexact(v)]
+    floats = [i for i, v in enumerate(eqn.invars) if is_inexact(v)]
+    outs = [i for i, v in enumerate(eqn.outvars) if is_inexact(v)]
 
     def vjp(primals, cotangents):
         def run(*inexact):
@@ -369,7 +410,7 @@ class Interpreter:
         body = bodies(eqn, where)[0]
         names = ("mesh", "in_specs", "out_specs", "check_vma")
         params = {k: eqn.params[k] for k in names}
-        params["axis_names"] = set(eqn.params["manual_axes"])
+        params["axis_names"] = set(eqn.params["newly_manual_axes"])
 
         def run(*xs):
             # Each device would emit its own; there is no spec to say how they join.
@@ -386,7 +427,7 @@ class Interpreter:
         if self.keeps_types(eqn, args, where):
             return bind(eqn, args)
         body = bodies(eqn, where)[0]
-        inexact = [_is_inexact(v) for v in eqn.invars]
+        inexact = [is_inexact(v) for v in eqn.invars]
 
         def run(*xs):
             return tuple(map(self.plain, self.run(body.jaxpr, xs, body.where)))
@@ -402,11 +443,11 @@ class Interpreter:
             outs, given = outs[: len(eqn.outvars)], iter(outs[len(eqn.outvars) :])
             outs = _like(outs, jax.eval_shape(run, *primals))
             tangents = [
-                next(given) if _is_inexact(v) else np.zeros(y.shape, jax.dtypes.float0)
+                next(given) if is_inexact(v) else np.zeros(y.shape, jax.dtypes.float0)
                 for v, y in zip(eqn.outvars, outs, strict=True)
             ]
             tangents = [
-                _as_type(t, y.dtype) if _is_inexact(v) else t
+                _as_type(t, y.dtype) if is_inexact(v) else t
                 for v, t, y in zip(eqn.outvars, tangents, outs, strict=True)
             ]
             return tuple(outs), tuple(tangents)
@@ -428,14 +469,12 @@ class Interpreter:
         def backward(xs, cotangents):
             # The rule is re-run from the operands: its residuals are its own.
             given = [
-                c
-                for v, c in zip(eqn.outvars, cotangents, strict=True)
-                if _is_inexact(v)
+                c for v, c in zip(eqn.outvars, cotangents, strict=True) if is_inexact(v)
             ]
             outs = self.run(_vjp_program(eqn), [*xs, *given], (*where, "vjp"))
             outs = iter([self.plain(y) for y in outs])
             return tuple(
-                _as_type(next(outs), x.dtype) if _is_inexact(v) else None
+                _as_type(next(outs), x.dtype) if is_inexact(v) else None
                 for v, x in zip(eqn.invars, xs, strict=True)
             )
 
@@ -463,7 +502,6 @@ def _as_type(x: Any, dtype: Any) -> Any:
     return x if x.dtype == dtype else jax.lax.convert_element_type(x, dtype)
 
 
-@functools.lru_cache(maxsize=4096)
 def _last_uses(jaxpr: Jaxpr) -> list[list[Var]]:
     """For each equation the variables no later one reads, so memory can go."""
     seen = {v for v in jaxpr.outvars if isinstance(v, Var)}

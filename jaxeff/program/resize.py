@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jaxtyping import Bool, PyTree
@@ -72,7 +73,7 @@ class Plan:
         return {path: tuple(build(dims)) for path, dims in self.dims.items()}
 
 
-def make_plan(couplings: Couplings, keep: Mapping[str, Bool[np.ndarray, " n"]]) -> Plan:
+def make_plan(couplings: Couplings, keep: Mapping[str, Bool[np.ndarray, " _"]]) -> Plan:
     """The plan that keeps, of the couplings named, the indices that are True.
 
     Raises:
@@ -107,7 +108,7 @@ def make_plan(couplings: Couplings, keep: Mapping[str, Bool[np.ndarray, " n"]]) 
 
 
 def keep_indices(
-    params: PyTree, couplings: Couplings, keep: Mapping[str, Bool[np.ndarray, " n"]]
+    params: PyTree, couplings: Couplings, keep: Mapping[str, Bool[np.ndarray, " _"]]
 ) -> PyTree:
     """The weights, compressed or not, without the indices that `keep` drops.
 
@@ -222,7 +223,9 @@ class _Resize(Interpreter):
 
     def keeps_types(self, eqn: JaxprEqn, args: list[Any], where: Where) -> bool:
         same = all(
-            x.shape == v.aval.shape for x, v in zip(args, eqn.invars, strict=True)
+            # A literal is a number without a shape.
+            jnp.shape(x) == v.aval.shape
+            for x, v in zip(args, eqn.invars, strict=True)
         )
         return same and all(
             self.sizes(v, where[:-1]) == v.aval.shape for v in eqn.outvars

@@ -58,6 +58,9 @@ def unite_all(eqn: JaxprEqn, dims: Sequence[Dim]) -> Dim:
 def elementwise(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     """Aligns dims one by one; a dim of size 1 goes with any."""
     out = []
+    rank = len(eqn.outvars[0].aval.shape)
+    if any(x and len(x) != rank for x in ins):  # a cast of bits to a smaller type
+        return _unknown(mode, eqn, ins)
     for d, n in enumerate(eqn.outvars[0].aval.shape):
         # A dim of size 1 is repeated, not aligned, unless the result's is 1 too.
         aligned = [x[d] for x in ins if x and x[d].size == n]
@@ -99,14 +102,13 @@ def _ragged_dot(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     return [tuple(free)]
 
 
-def conv_groups(eqn: JaxprEqn, x: Dims) -> tuple[Dim, Dim]:
-    """The input channels of a convolution as (groups, channels in each)."""
+def conv_groups(eqn: JaxprEqn, x: Dims) -> tuple[Dim, Dim] | None:
+    """The input channels of a convolution as (groups, channels in each).
+
+    None if they can't be cut so.
+    """
     channels = x[eqn.params["dimension_numbers"].lhs_spec[1]]
-    parts = factor(channels, channels.size // eqn.params["feature_group_count"])
-    if parts is None:
-        fix(channels, because(eqn, "the groups of a convolution cut across it"))
-        return Dim(eqn.params["feature_group_count"]), channels
-    return parts
+    return factor(channels, channels.size // eqn.params["feature_group_count"])
 
 
 def _conv(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
@@ -122,11 +124,13 @@ def _conv(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     if groups == 1:
         unite_all(eqn, [x[numbers.lhs_spec[1]], w_in])
     else:
-        group, channels = conv_groups(eqn, x)
-        outs = product([group, Dim(w_out.size // groups)])
-        if channels.size == w_in.size:
-            unite_all(eqn, [channels, w_in])
-        unite_all(eqn, [outs, w_out])
+        parts = conv_groups(eqn, x)
+        if parts is None:
+            for d in (x[numbers.lhs_spec[1]], w_in, w_out):
+                fix(d, because(eqn, "the groups of a convolution cut across it"))
+        else:
+            unite_all(eqn, [parts[1], w_in])
+            unite_all(eqn, [product([parts[0], Dim(w_out.size // groups)]), w_out])
     out = list(fixed(eqn, "the space of a convolution"))
     out[numbers.out_spec[0]] = x[numbers.lhs_spec[0]]
     out[numbers.out_spec[1]] = w_out
@@ -197,8 +201,10 @@ def _rev(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
 
 
 def _top_k(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
-    fix(ins[0][-1], because(eqn, "the largest along it are chosen"))
-    return [(*ins[0][:-1], fixed(eqn, "the largest", i)[-1]) for i in (0, 1)]
+    axis, x = eqn.params["axis"], ins[0]
+    fix(x[axis], because(eqn, "the largest along it are chosen"))
+    chosen = [fixed(eqn, "the largest", i)[axis] for i in range(len(eqn.outvars))]
+    return [(*x[:axis], d, *x[axis + 1 :]) for d in chosen]
 
 
 def _concatenate(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
@@ -269,7 +275,8 @@ def _gather(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     shared = dict(zip(batching, numbers.start_indices_batching_dims, strict=True))
     for d, j in shared.items():
         unite_all(eqn, [x[d], indices[j]])
-    window = []
+    out = list(fixed(eqn, "a look-up"))
+    windows = iter(numbers.offset_dims)
     for d, n in enumerate(sizes):
         if d in shared:
             continue
@@ -277,16 +284,11 @@ def _gather(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
         if not whole:
             fix(x[d], because(eqn, "positions along it are looked up"))
         if d not in numbers.collapsed_slice_dims:
-            window.append(x[d] if whole else None)
-    fixed_out = fixed(eqn, "a look-up")
-    rest = iter(indices[:-1])
-    windows = iter(window)
-    out = []
-    for d, dim in enumerate(fixed_out):
-        if d in numbers.offset_dims:
-            out.append(next(windows) or dim)
-        else:
-            out.append(next(rest))
+            at = next(windows)
+            out[at] = x[d] if whole else out[at]
+    rest = (d for d in range(len(out)) if d not in numbers.offset_dims)
+    for d, dim in zip(rest, indices[:-1], strict=True):
+        out[d] = dim
     return [tuple(out)]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from .flops import equation_flops
-from .interpret import bodies, Body, scan_counts, Where
+from .interpret import bodies, Body, product, scan_counts, Where
 from .leaf import Conv, dot_of, lookup_dim
 from .source import source_line
 
@@ -80,9 +80,8 @@ def follow(
         for body in bodies(eqn, here):
             entering = [given[j] for j in body.operands]
             entering = _entering(body, eqn, entering)
-            known = times is not None and body.times is not None
-            t = times * body.times if known else None
-            leaving = follow(body.jaxpr, entering, visit, body.where, t)
+            inner = product(times, body.times)
+            leaving = follow(body.jaxpr, entering, visit, body.where, inner)
             if body.kind == "call":
                 env.update(zip(eqn.outvars, leaving, strict=True))
     return [read(v) for v in jaxpr.jaxpr.outvars]
@@ -161,6 +160,8 @@ def reshape_groups(
 
     (6, 4, 5) -> (2, 3, 20) is [([0], [0, 1]), ([1, 2], [2])].
     """
+    if 0 in old:  # no run of dims can be told from another
+        return [(list(range(len(old))), list(range(len(new))))]
     groups, i, j = [], 0, 0
     while i < len(old) or j < len(new):
         olds, news, a, b = [], [], 1, 1

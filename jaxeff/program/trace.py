@@ -85,7 +85,7 @@ class Program:
         free = len(self.couplings.free)
         note = (
             f"{len(self.sites)} sites; {len(self.couplings)} couplings, {free} free "
-            "(* frozen: `print(program.couplings)` says why; x: heads of a dim and so on)"
+            "(* frozen: `print(program.couplings)` says why; x joins factors, + parts)"
         )
         return f"{table(head, rows)}\n{note}"
 

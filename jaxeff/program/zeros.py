@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
+from jax.lax import GatherScatterMode
 
-from .dims import atoms, Dim
+from .dims import atoms, Dim, factor
 from .interpret import bodies, Body, scan_counts, Where
 from .rules import because, Dims
 from .solve import Solver
@@ -223,22 +224,25 @@ def _all(zeros, eqn, given, ins, outs) -> list[Zero]:
 def _extremum(sign: int) -> Callable:
     def rule(zeros, eqn, given, ins, outs) -> list[Zero]:
         """max(x, c) keeps the zeros of x for c <= 0, min(x, c) for c >= 0."""
-        keeping = [
-            Zero(constant=0.0)
-            if z.constant is not None and sign * z.constant <= 0
-            else z
-            for z in given
-        ]
-        known = _all(zeros, eqn, keeping, ins, outs)[0]
-        return [Zero(known.atoms)]
+        a, b = given
+        for x, c in ((0, b), (1, a)):
+            if c.constant is not None and sign * c.constant <= 0:
+                return _only(x, given, ins, outs)
+        return _all(zeros, eqn, given, ins, outs)
 
     return rule
 
 
+def _only(i: int, given, ins, outs) -> list[Zero]:
+    """A result is zero where one of the operands is, whatever the others are."""
+    constant = 0.0 if given[i].constant == 0 else None
+    return [Zero(_per_dim(given[i : i + 1], ins[i : i + 1], outs[0], all), constant)]
+
+
 def _clamp(zeros, eqn, given, ins, outs) -> list[Zero]:
-    low, x, high = given
-    known = low.constant is not None and high.constant is not None
-    return [x if known and low.constant <= 0 <= high.constant else NOTHING]
+    low, _, high = (z.constant for z in given)
+    known = low is not None and high is not None and low <= 0 <= high
+    return _only(1, given, ins, outs) if known else [NOTHING]
 
 
 def _select(zeros, eqn, given, ins, outs) -> list[Zero]:
@@ -247,11 +251,15 @@ def _select(zeros, eqn, given, ins, outs) -> list[Zero]:
 
 def _power(zeros, eqn, given, ins, outs) -> list[Zero]:
     y = eqn.params.get("y", given[1].constant if len(given) > 1 else None)
-    return [Zero(given[0].atoms) if y is not None and y > 0 else NOTHING]
+    known = y is not None and y > 0
+    return _only(0, given, ins, outs) if known else [NOTHING]
 
 
 def _divide(zeros, eqn, given, ins, outs) -> list[Zero]:
-    return [Zero(given[0].atoms - given[1].atoms)]
+    if given[1].constant == 0:
+        return [NOTHING]
+    known = _only(0, given, ins, outs)[0]
+    return [Zero(known.atoms - given[1].atoms, known.constant)]
 
 
 def _sum(zeros, eqn, given, ins, outs) -> list[Zero]:
@@ -305,16 +313,15 @@ def _ragged(zeros, eqn, given, ins, outs) -> list[Zero]:
 
 def _conv(zeros, eqn, given, ins, outs) -> list[Zero]:
     numbers, (x, w) = eqn.params["dimension_numbers"], ins
-    channels, w_out = x[numbers.lhs_spec[1]], w[numbers.rhs_spec[0]]
-    # A group that is removed is removed on both sides; it is not summed over.
-    summed = tuple(a for a in atoms(channels) if a not in set(atoms(w_out)))
-    if eqn.params["feature_group_count"] == 1:
-        summed = (channels,)
-    either = _either(given)
-    sides = [((x[numbers.lhs_spec[0]],), given[0]), ((w_out,), given[1])]
-    if eqn.params["feature_group_count"] > 1:
-        sides[1] = ((w_out,), either)
-    return _product(zeros, eqn, given, summed, sides, outs)
+    groups = eqn.params["feature_group_count"]
+    w_out, w_in = (w[d] for d in numbers.rhs_spec[:2])
+    batch = ((x[numbers.lhs_spec[0]],), given[0])
+    # A group is not summed over: who is removed is removed on both sides.
+    parts = factor(w_out, w_out.size // groups)
+    if parts is None:  # then all these dims are fixed
+        return [NOTHING]
+    sides = [batch, (parts[:1], _either(given)), (parts[1:], given[1])]
+    return _product(zeros, eqn, given, (w_in,), sides, outs)
 
 
 def _joined(zeros, eqn, given, ins, outs) -> list[Zero]:
@@ -347,7 +354,25 @@ def _broadcast(zeros, eqn, given, ins, outs) -> list[Zero]:
 
 
 def _looked_up(zeros, eqn, given, ins, outs) -> list[Zero]:
+    fill, dtype = eqn.params["fill_value"], eqn.outvars[0].aval.dtype
+    if eqn.params["mode"] == GatherScatterMode.FILL_OR_DROP:
+        if fill is None:  # so JAX says NaN, or an extreme integer
+            fill = np.nan if np.issubdtype(dtype, np.inexact) else 1
+        if not (fill == 0 or np.isnan(fill)):  # NaN no sum hides
+            return [NOTHING]
     return [Zero(given[0].atoms - _atoms(ins[1]))]
+
+
+def _window(zeros, eqn, given, ins, outs) -> list[Zero]:
+    """Along other dims; but a window that sees padding alone is not zero."""
+    p = eqn.params
+    seen = set(p["base_dilation"]) <= {1} and all(
+        max(pad) <= (n - 1) * step
+        for pad, n, step in zip(
+            p["padding"], p["window_dimensions"], p["window_dilation"], strict=True
+        )
+    )
+    return _keep(zeros, eqn, given, ins, outs) if seen else [NOTHING]
 
 
 def _updated(zeros, eqn, given, ins, outs) -> list[Zero]:
@@ -367,10 +392,12 @@ _RULES: dict[str, Callable] = {
         "neg sin tan tanh sinh asin asinh atan atanh expm1 log1p sqrt cbrt abs sign "
         "floor ceil round square erf erf_inv real imag conj convert_element_type copy "
         "copy_p stop_gradient reduce_precision name reshape transpose squeeze "
-        "slice dynamic_slice rev reduce_window_sum "
-        "reduce_max reduce_min reduce_or reduce_window_max reduce_window_min".split(),
+        "slice dynamic_slice rev reduce_max reduce_min reduce_or "
+        "reduce_window_sum".split(),
         _keep,
     ),
+    "reduce_window_max": _window,
+    "reduce_window_min": _window,
     "broadcast_in_dim": _broadcast,
     "gather": _looked_up,
     "mul": _any,
