@@ -1,4 +1,11 @@
 """Low rank: weights as products of thin factors."""
 
 from .factored import Factored as Factored
-from .factorize import energy as energy, factorize as factorize, Rank as Rank
+from .factorize import factorize as factorize
+from .report import Report as Report, report as report
+from .svd import (
+    Energy as Energy,
+    energy as energy,
+    factor_array as factor_array,
+    Rank as Rank,
+)
