@@ -18,7 +18,9 @@ from .metrics import Metrics
 from .progress import Progress
 from .step import all_finite, TrainState
 
-LAG = 2  # steps that may be queued while the host reads the metrics of an older one
+# Steps that may be queued while the host reads the metrics of an older one. With 2,
+# `fit` measured 3 % slower on a busy machine than with 8; each holds its batch.
+LAG = 8
 # Dynamic loss scaling halves its scale at each skipped step. From 2^16 it comes to
 # nothing in half as many steps, and then scaling is not what is wrong.
 MOST_SKIPPED = 50

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, strategies as st
 
 from jaxeff.training.report import plot_svg, report_html, write_report
-from jaxeff.training.report_bars import Bar, bars
-from jaxeff.training.report_labels import Box, place_labels, shorten, text_width
-from jaxeff.training.report_scatter import axis, log_ticks, nice_ticks, Point, scatter
-from jaxeff.training.report_words import (
+from jaxeff.training.report.bars import Bar, bars
+from jaxeff.training.report.labels import Box, place_labels, shorten, text_width
+from jaxeff.training.report.scatter import axis, log_ticks, nice_ticks, Point, scatter
+from jaxeff.training.report.words import (
     best_row,
     comparison,
     dollars,

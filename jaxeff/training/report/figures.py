@@ -6,11 +6,11 @@ from typing import Any
 
 from jaxeff.cost import quantity
 
-from .report_bars import Bar, bars
-from .report_scatter import HEIGHT, Point, Scatter, scatter
-from .report_svg import svg, WIDTH
-from .report_table import show
-from .report_words import best_row, number, percent, Row, short_names
+from .bars import Bar, bars
+from .scatter import HEIGHT, Point, Scatter, scatter
+from .svg import svg, WIDTH
+from .table import show
+from .words import best_row, number, percent, Row, short_names
 
 # Key of a row, title of the axis, unit.
 PLOTS = (

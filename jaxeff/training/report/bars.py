@@ -6,8 +6,8 @@ from html import escape
 
 from jaxeff.cost import quantity
 
-from .report_labels import shorten, text_width
-from .report_svg import Real, WIDTH
+from .labels import shorten, text_width
+from .svg import Real, WIDTH
 
 
 @dataclasses.dataclass(frozen=True)

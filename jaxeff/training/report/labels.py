@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
-from .report_svg import Real
+from .svg import Real
 
 FONT = 12  # px, as in PLOT_CSS
 

@@ -2,8 +2,8 @@
 
 `write_report` turns plain numbers (what `results.json` holds) into HTML with its
 style and plots inside: no script, no network, readable on a phone, light and dark.
-The parts are in `report_table.py` and `report_figures.py`, how numbers become words
-in `report_words.py`.
+The parts are in `table.py` and `figures.py`, how numbers become words
+in `words.py`.
 """
 
 import os
@@ -13,13 +13,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .report_figures import layer_bars, PLOTS, plots, row_scatter
-from .report_labels import text_width
-from .report_scatter import HEIGHT
-from .report_style import PAGE_CSS
-from .report_svg import PLOT_CSS, svg, WIDTH
-from .report_table import table, tiles
-from .report_words import best_row, headline, number, Row, short_names
+from .figures import layer_bars, PLOTS, plots, row_scatter
+from .labels import text_width
+from .scatter import HEIGHT
+from .style import PAGE_CSS
+from .svg import PLOT_CSS, svg, WIDTH
+from .table import table, tiles
+from .words import best_row, headline, number, Row, short_names
 
 Results = Mapping[str, Any]
 

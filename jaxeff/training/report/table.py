@@ -5,8 +5,8 @@ from html import escape
 
 from jaxeff.cost import quantity
 
-from .report_svg import marker
-from .report_words import (
+from .svg import marker
+from .words import (
     best_reason,
     best_row,
     comparison,

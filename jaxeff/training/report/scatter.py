@@ -8,8 +8,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from .report_labels import Box, Label, nearest, place_labels
-from .report_svg import color_of, marker, Real, segment, WIDTH
+from .labels import Box, Label, nearest, place_labels
+from .svg import color_of, marker, Real, segment, WIDTH
 
 HEIGHT = 280
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 26, 46
