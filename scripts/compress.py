@@ -5,9 +5,9 @@
 
 Makes the dense model, then: shrunk (half of the channels, fine-tuned), shrunk and
 distilled, low-rank, int8, int4, and the chain (shrunk, distilled, int8). Prints a
-table and writes to `--output`: `report.html`, `results.json`, and each model as a
-checkpoint that `jaxeff.training.load_model` reads. `--resume` continues a run that
-was stopped.
+table and writes to `--output`: `report.html`, its plot as `plot.svg`, `results.json`,
+and each model as a checkpoint that `jaxeff.training.load_model` reads. `--resume`
+continues a run that was stopped.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ from jaxeff.training import (
     save_model,
 )
 from jaxeff.training.cli import main
-from jaxeff.training.report import write_report
+from jaxeff.training.report import plot_svg, write_report
 from jaxeff.training.results import about, write_json
 
 # How the trained ResNet-20 wants its input: the usual statistics of ImageNet.
@@ -480,6 +480,7 @@ def run(config: Config) -> Mapping[str, Any]:
     versions = compress(state)
     found = results(state, versions)
     write_json(state.path("results.json"), found)
+    state.path("plot.svg").write_text(plot_svg(found))
     write_report(state.path("report.html"), found)
     show(state, found["rows"])
     state.console.print(f"Report: {state.path('report.html')}")
