@@ -50,9 +50,9 @@ class Case:
 
 
 CASES = (
-    Case(model="mlp", image=(8, 8, 1), batch_size=128, steps=150),
-    Case(model="cnn", image=(8, 8, 1), batch_size=128, steps=8),
-    Case(model="resnet20", image=(32, 32, 3), batch_size=64, steps=2),
+    Case(model="mlp", image=(8, 8, 1), batch_size=256, steps=50),
+    Case(model="cnn", image=(8, 8, 1), batch_size=128, steps=4),
+    Case(model="resnet20", image=(32, 32, 3), batch_size=32, steps=1),
 )
 
 
@@ -60,7 +60,7 @@ CASES = (
 class Config:
     """Options."""
 
-    turns: int = 61
+    turns: int = 201
     """Turns of each way, per model."""
     limit: float = 1.02
     """Largest ratio of the step's time to the hand-written one's that passes."""

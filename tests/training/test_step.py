@@ -41,6 +41,11 @@ def test_steps_are_those_of_a_hand_written_loop_bit_for_bit():
     assert same(state.params, {"batch_stats": stats, "params": params})
     assert int(state.step) == 5
 
+    # And no work beside theirs, but counting the step.
+    hand = by_hand.lower(params, stats, opt_state, 0, batch).compile().cost_analysis()
+    ours = step.lower(state, batch).compile().cost_analysis()
+    assert abs(ours["flops"] - hand["flops"]) <= 1
+
 
 def test_a_run_traces_its_loss_once():
     _, state, data = small_run()
