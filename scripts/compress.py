@@ -10,7 +10,6 @@ and each model as a checkpoint that `jaxeff.training.load_model` reads. `--resum
 continues a run that was stopped.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -24,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
+from flax import linen as nn
 from flax.errors import FlaxError
 from rich.console import Console
 from rich.table import Table
@@ -52,21 +52,23 @@ from jaxeff.training.results import about, write_json
 
 # How the trained ResNet-20 wants its input: the usual statistics of ImageNet.
 RESNET20_INPUT = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is trained, and for how long."""
+
+    model: str
+    epochs: int
+    finetune_epochs: int
+    batch_size: int
+
+
 # What suits each data set on two CPU cores.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"model": "cnn", "epochs": 20, "finetune_epochs": 60, "batch_size": 64},
-    "fashion_mnist": {
-        "model": "cnn",
-        "epochs": 3,
-        "finetune_epochs": 2,
-        "batch_size": 128,
-    },
-    "cifar10": {
-        "model": "resnet20",
-        "epochs": 30,
-        "finetune_epochs": 5,
-        "batch_size": 128,
-    },
+DEFAULTS = {
+    "digits": Plan("cnn", 20, 60, 64),
+    "fashion_mnist": Plan("cnn", 3, 2, 128),
+    "cifar10": Plan("resnet20", 30, 5, 128),
 }
 
 
@@ -112,12 +114,11 @@ class Config:
     seed: int = 0
     """Of the weights, the shuffles and the augmentation."""
 
-    def resolved(self) -> "Config":
-        """With what suits the data where nothing was said."""
-        chosen = {
-            k: v for k, v in DEFAULTS[self.data].items() if getattr(self, k) is None
-        }
-        return dataclasses.replace(self, **chosen)
+    def plan(self) -> Plan:
+        """What was said, and what suits the data where nothing was."""
+        said = {f.name: getattr(self, f.name) for f in dataclasses.fields(Plan)}
+        said = {k: v for k, v in said.items() if v is not None}
+        return dataclasses.replace(DEFAULTS[self.data], **said)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,29 +135,30 @@ class Run:
     """The state of one run of this script: its options, its data, its folder."""
 
     def __init__(self, config: Config):
-        self.config = config = config.resolved()
-        is_file = config.load is not None and config.load.suffix == ".safetensors"
-        if is_file:
+        self.config, self.plan = config, config.plan()
+        file = config.load
+        if file is not None and file.suffix != ".safetensors":
+            file = None
+        trained = None
+        if file is not None:
             if config.data != "cifar10":
                 raise ValueError(
                     f"a .safetensors file is a ResNet-20 for cifar10, but --data is "
                     f"{config.data}. Pass --data cifar10 with its --data-dir."
                 )
-            model, self.variables = models.load_resnet20(config.load)
-        norm = RESNET20_INPUT if is_file else {}
+            trained = models.load_resnet20(file)
+        norm = {} if file is None else RESNET20_INPUT
         self.train, self.test = data.load(config.data, config.data_dir, **norm)
         self.example = jnp.asarray(self.train.images[:1])
         self.mesh = parallelism.make_mesh()
-        self.sharding = parallelism.batch_sharding(self.mesh, config.batch_size)
+        self.sharding = parallelism.batch_sharding(self.mesh, self.plan.batch_size)
         # Raises where there are too few images for a batch.
-        data.batches(self.train, config.batch_size)
+        data.batches(self.train, self.plan.batch_size)
         self.console = Console()
         self.loaded: Version | None = None
-        if not is_file:
-            model = models.build(config.model, classes=len(self.train.classes))
-            self.variables = model.init(jr.key(config.seed), self.example)
+        model, self.variables = trained or self._untrained()
         self.eval_fn, self.train_fn = forms(model, self.variables)
-        if is_file:
+        if file is not None:
             self.loaded = Version("dense", self.eval_fn, self.variables)
         elif config.load is not None:
             fn, params, meta = load_model(config.load, self.eval_fn, self.variables)
@@ -164,6 +166,10 @@ class Run:
             self.loaded = Version("dense", fn, params, seconds)
         if self.loaded is not None:
             self._check_answers(self.loaded)
+
+    def _untrained(self) -> tuple[nn.Module, Any]:
+        model = models.build(self.plan.model, classes=len(self.train.classes))
+        return model, model.init(jr.key(self.config.seed), self.example)
 
     def _check_answers(self, v: Version) -> None:
         """Refuses a loaded model that is not one for these images."""
@@ -199,8 +205,9 @@ class Run:
         teacher: Version | None = None,
     ) -> tuple[Any, float]:
         """Trains, or goes on from the last checkpoint. The weights, and the seconds."""
-        config, began = self.config, time.perf_counter()
-        per_epoch = data.steps_per_epoch(self.train, config.batch_size)
+        config, batch_size = self.config, self.plan.batch_size
+        began = time.perf_counter()
+        per_epoch = data.steps_per_epoch(self.train, batch_size)
         steps = max(1, round(epochs * per_epoch))
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, learning_rate, max(1, steps // 20), max(2, steps)
@@ -216,25 +223,24 @@ class Run:
             loss = response_loss(forward, teacher.fn, temperature=config.temperature)
             step = make_train_step(loss, tx, trainable="params/**")
             step = taught(step, parallelism.replicate(teacher.params, self.mesh))
-        self.console.print(f"[bold]{name}[/bold]: {steps} steps of {config.batch_size}")
+        self.console.print(f"[bold]{name}[/bold]: {steps} steps of {batch_size}")
         with Checkpoints(self.path("steps", _slug(name)), keep=1) as checkpoints:
             if checkpoints.latest() is not None:
                 state = checkpoints.restore(state)
             batches = data.batches(
                 self.train,
-                config.batch_size,
+                batch_size,
                 seed=config.seed,
                 start_step=int(state.step),
             )
-            with contextlib.closing(data.prefetch(batches, self.sharding)) as stream:
-                state = fit(
-                    step,
-                    state,
-                    stream,
-                    steps=steps,
-                    checkpoint=checkpoints,
-                    checkpoint_every=max(1, steps // 4),
-                )
+            state = fit(
+                step,
+                state,
+                data.prefetch(batches, self.sharding),
+                steps=steps,
+                checkpoint=checkpoints,
+                checkpoint_every=max(1, steps // 4),
+            )
         return state.params, time.perf_counter() - began
 
     @functools.cached_property
@@ -271,7 +277,7 @@ class Run:
                 "dense",
                 self.variables,
                 self.train_fn,
-                epochs=self.config.epochs,
+                epochs=self.plan.epochs,
                 learning_rate=self.config.learning_rate,
             )
             return Version("dense", self.eval_fn, params, seconds)
@@ -298,7 +304,7 @@ def compress(run: Run) -> list[Version]:
             small,
             like(small_fn, run.train_fn),
             teacher=dense if distilled else None,
-            epochs=config.finetune_epochs,
+            epochs=run.plan.finetune_epochs,
             learning_rate=config.finetune_learning_rate,
         )
         return Version(name, small_fn, small, seconds)
@@ -310,7 +316,7 @@ def compress(run: Run) -> list[Version]:
             name,
             low,
             like(low_fn, run.train_fn),
-            epochs=config.finetune_epochs / 2,
+            epochs=run.plan.finetune_epochs / 2,
             learning_rate=config.finetune_learning_rate / 4,
         )
         return Version(name, low_fn, low, seconds)
@@ -363,7 +369,7 @@ def results(run: Run, versions: list[Version]) -> dict[str, Any]:
     config, rows, x = run.config, measure(run, versions), run.example
     machine, intensity = about(), cost.intensity(config.place)
     return {
-        "title": f"{config.model}, compressed ({config.data})",
+        "title": f"{run.plan.model}, compressed ({config.data})",
         "date": machine["date"],
         "device": f"{machine['devices']} x {machine['device']} "
         f"({machine['processor']}, {machine['cores']} cores)",
@@ -373,7 +379,7 @@ def results(run: Run, versions: list[Version]) -> dict[str, Any]:
             "train": len(run.train),
             "test": len(run.test),
         },
-        "options": json.loads(_json(dataclasses.asdict(config))),
+        "options": json.loads(_json(_identity(config))),
         "rows": rows,
         "layers": {
             v.name: cost.layer_costs(v.fn, v.params, x)
@@ -397,7 +403,7 @@ def results(run: Run, versions: list[Version]) -> dict[str, Any]:
 
 def show(run: Run, rows: list[dict[str, Any]]) -> None:
     """Prints the table."""
-    table = Table(title=f"{run.config.model} on {run.config.data}")
+    table = Table(title=f"{run.plan.model} on {run.config.data}")
     columns = {
         "bytes": ("size", "B"),
         "parameters": ("parameters", ""),
@@ -451,11 +457,8 @@ def _check_folder(config: Config) -> None:
 
 def _identity(config: Config) -> dict[str, Any]:
     """The options that decide what a run computes."""
-    return {
-        k: v
-        for k, v in dataclasses.asdict(config.resolved()).items()
-        if k not in ("resume", "output")
-    }
+    options = dataclasses.asdict(config) | dataclasses.asdict(config.plan())
+    return {k: v for k, v in options.items() if k not in ("resume", "output")}
 
 
 def check(config: Config) -> None:

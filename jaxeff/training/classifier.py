@@ -11,14 +11,15 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxeff.data import Batch
 from jaxeff.distillation import Answer, Forward
 
 from .step import Aux, Loss
 
-TrainFn = Callable[[PyTree, Array], tuple[Array, Mapping[str, PyTree]]]
+# (variables, inputs) -> (logits, entries of the variables that changed)
+TrainFn = Callable[..., tuple[Array, Mapping[str, PyTree]]]
 Augment = Callable[[Key[Array, ""], Array], Array]
 
 
@@ -32,7 +33,7 @@ def forms(model: nn.Module, variables: Mapping[str, Any]) -> tuple[Callable, Tra
     def eval_fn(variables, x):
         return model.apply(variables, x)
 
-    def train_fn(variables, x):
+    def train_fn(variables, x) -> Any:
         if "batch_stats" not in variables:
             return model.apply(variables, x), {}
         return model.apply(variables, x, train=True, mutable=["batch_stats"])
@@ -40,7 +41,9 @@ def forms(model: nn.Module, variables: Mapping[str, Any]) -> tuple[Callable, Tra
     return eval_fn, train_fn
 
 
-def accuracy_of(logits: Float[Array, "batch classes"], labels: Array) -> Array:
+def accuracy_of(
+    logits: Float[Array, "batch classes"], labels: Int[Array, " batch"]
+) -> Float[Array, ""]:
     """The fraction of a batch whose largest logit is the label's."""
     return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
 
@@ -58,12 +61,14 @@ def classifier(train_fn: TrainFn, *, augment: Augment | None = None) -> Forward:
     """
 
     def forward(params: PyTree, batch: Batch, key: Array) -> Answer:
-        images = batch.images if augment is None else augment(key, batch.images)
+        images, labels = jnp.asarray(batch.images), jnp.asarray(batch.labels)
+        if augment is not None:
+            images = augment(key, images)
         logits, updates = train_fn(params, images)
         # A loss is summed in float32, whatever the model computes in.
         logits = logits.astype(jnp.float32)
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        metrics = {"accuracy": accuracy_of(logits, batch.labels)}
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        metrics = {"accuracy": accuracy_of(logits, labels)}
         return Answer(logits, (images,), jnp.mean(nats), Aux(metrics, updates))
 
     return forward
