@@ -263,7 +263,8 @@ class Interpreter:
             env.update(zip(eqn.outvars, outs, strict=True))
             for v in last_use[i]:
                 env.pop(v, None)
-        return [read(v) for v in jaxpr.jaxpr.outvars]
+        outs = jaxpr.jaxpr.outvars
+        return [jnp.asarray(read(v)) if isinstance(v, Literal) else env[v] for v in outs]
 
     def collect(
         self, jaxpr: ClosedJaxpr, args: Sequence[Any]
