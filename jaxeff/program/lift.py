@@ -150,8 +150,12 @@ def _transpose(eqn: JaxprEqn, args: list[Any]) -> Any:
 
 
 def _reshape(eqn: JaxprEqn, args: list[Any]) -> Any:
-    if eqn.params.get("dimensions") is not None or len(args) != 1:
+    if eqn.params["dimensions"] is not None:  # it would transpose first
         return NotImplemented
+    return _squeeze(eqn, args)
+
+
+def _squeeze(eqn: JaxprEqn, args: list[Any]) -> Any:
     return args[0].reshape(tuple(eqn.outvars[0].aval.shape))
 
 
@@ -203,8 +207,7 @@ _RULES: dict[str, Callable[[JaxprEqn, list[Any]], Any]] = {
     "convert_element_type": _convert,
     "transpose": _transpose,
     "reshape": _reshape,
-    "squeeze": _reshape,
-    "expand_dims": _reshape,
+    "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast,
     "copy": _identity,
     "copy_p": _identity,

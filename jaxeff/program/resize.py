@@ -280,7 +280,7 @@ def _slice(eqn, ins, outs, out) -> dict:
     start, stop = list(eqn.params["start_indices"]), list(eqn.params["limit_indices"])
     for d, x in enumerate(ins[0]):
         if new_size(x) != find(x).size:  # then its stride is 1: others fix the dim
-            pieces = cut_out(eqn, x, start[d], stop[d])
+            pieces = cut_out(x, start[d], stop[d])
             assert pieces is not None, "a slice that cannot be cut fixes the dim"
             start[d] = new_size(pieces[0])
             stop[d] = start[d] + new_size(pieces[1])
@@ -295,8 +295,9 @@ def _split(eqn, ins, outs, out) -> dict:
 def _pad(eqn, ins, outs, out) -> dict:
     config = list(eqn.params["padding_config"])
     for d, (low, high, inner) in enumerate(config):
-        if (low, high, inner) != (0, 0, 0) and new_size(outs[0][d]) != outs[0][d].size:
-            first, last = cut(outs[0][d], low), cut(outs[0][d], outs[0][d].size - high)
+        x = find(outs[0][d])
+        if (low, high, inner) != (0, 0, 0) and new_size(x) != x.size:
+            first, last = cut(x, int(low)), cut(x, x.size - int(high))
             assert first is not None and last is not None, "padding is a concatenation"
             config[d] = (new_size(first[0]), new_size(last[1]), inner)
     return {"padding_config": tuple(config)}

@@ -8,7 +8,7 @@ a random number, a position). A primitive without a rule fixes all it touches.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable, SupportsInt
 
 from jax.extend.core import JaxprEqn
 
@@ -216,10 +216,10 @@ def _concatenate(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     return [tuple(out)]
 
 
-def cut_out(eqn: JaxprEqn, d: Dim, start: int, stop: int) -> tuple[Dim, Dim] | None:
+def cut_out(d: Dim, start: SupportsInt, stop: SupportsInt) -> tuple[Dim, Dim] | None:
     """The dims before `start` and from there to `stop`; None if they can't be cut."""
-    first = cut(d, stop)
-    return None if first is None else cut(first[0], start)
+    first = cut(d, int(stop))  # a program may hold NumPy integers
+    return None if first is None else cut(first[0], int(start))
 
 
 def _slice(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
@@ -229,7 +229,7 @@ def _slice(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
         zip(ins[0], p["start_indices"], p["limit_indices"], strides, strict=True)
     ):
         whole = (start, stop, step) == (0, x.size, 1)
-        pieces = None if step != 1 or whole else cut_out(eqn, x, start, stop)
+        pieces = None if step != 1 or whole else cut_out(x, start, stop)
         if whole:
             out[d] = x
         elif pieces is not None:
@@ -243,7 +243,7 @@ def _slice(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
 def _split(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     axis, rest, outs = eqn.params["axis"], ins[0][eqn.params["axis"]], []
     for i, n in enumerate(eqn.params["sizes"]):
-        pieces = cut(rest, n)
+        pieces = cut(rest, int(n))
         if pieces is None:
             fix(rest, because(eqn, "a split cuts across it"))
             pieces = fixed(eqn, "a split", i)[axis], Dim(rest.size - n)
@@ -264,7 +264,7 @@ def _pad(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
             fix(x, because(eqn, "it is padded inside, or cropped"))
             fix(out[d], because(eqn, "padding"))
         else:
-            out[d] = concat([Dim(low), x, Dim(high)])
+            out[d] = concat([Dim(int(low)), x, Dim(int(high))])
     return [tuple(out)]
 
 

@@ -2,15 +2,14 @@
 
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 from jax import lax
 
-from jaxeff.program import bodies, equations, trace
+from jaxeff.program import bodies, equations
 from jaxeff.program.costs import count
-from tests.zoo import ZOO
+from tests.program.built import build, zoo
 
 X = jax.ShapeDtypeStruct((6, 8), jnp.float32)
 I = jax.ShapeDtypeStruct((6, 8), jnp.int32)
@@ -173,8 +172,7 @@ def test_cumulative_sums_count_one_addition_per_step():
 
 
 def loop_free(case):
-    fn, params, args = case.build(jr.key(0))
-    jaxpr = jax.make_jaxpr(fn)(params, *args)
+    jaxpr = build(case).program.jaxpr
     names = {eqn.primitive.name for _, eqn, _ in equations(jaxpr)}
     return not names & {"scan", "while", "cond"}
 
@@ -188,29 +186,18 @@ FOLDED = {
     "linen_transformer": (0, 2),
     "equinox_transformer": (3, 0),
 }
-LOOP_FREE = [case for case in ZOO if loop_free(case)]
 
 
-@pytest.mark.parametrize("case", LOOP_FREE, ids=lambda case: case.name)
+@zoo
 def test_models_without_loops_cost_what_the_compiler_counts(case):
-    fn, params, args = case.build(jr.key(0))
-    costs = trace(fn, params, *args).costs
+    model = build(case)
+    if not loop_free(case):
+        pytest.skip("it has loops or branches, of which XLA counts one turn")
+    costs = model.program.costs
     flops, transcendentals = FOLDED.get(case.name, (0, 0))
-    assert xla(fn, params, *args) == (
-        costs.flops - flops,
-        costs.transcendentals - transcendentals,
-    )
-
-
-def test_most_models_of_the_zoo_have_no_loops():
-    assert len(LOOP_FREE) > len(ZOO) // 2 and len(FOLDED) < len(LOOP_FREE) // 2
-
-
-def test_products_are_most_of_a_model():
-    for case in LOOP_FREE:
-        fn, params, args = case.build(jr.key(0))
-        costs = trace(fn, params, *args).costs
-        assert 0.5 * costs.flops < costs.matmul_flops < costs.flops
+    counted = xla(model.fn, model.params, *model.args)
+    assert counted == (costs.flops - flops, costs.transcendentals - transcendentals)
+    assert 0.5 * costs.flops < costs.matmul_flops < costs.flops
 
 
 def test_bodies_are_counted_once_and_calls_not_at_all():

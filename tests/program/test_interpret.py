@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxeff.program import bind, bodies, equations, Interpreter
 from jaxeff.program.call import Call
-from tests.zoo import ZOO
+from tests.program.built import build, zoo
 
 
 class Opened(Interpreter):
@@ -364,11 +364,12 @@ def test_batching_changes_no_bit(fn, rule):
     assert same(*both_ways(jax.vmap(fn), jax.vmap(again(fn, rule)), xs))
 
 
-@pytest.mark.parametrize("case", ZOO, ids=lambda case: case.name)
-def test_every_model_of_the_zoo_keeps_every_bit(case, getkey):
-    fn, params, args = case.build(getkey())
-    run = lambda params, *args: Call(fn, params, args, {}).run(Interpreter())
-    assert same(*both_ways(fn, run, params, *args))
+@zoo
+def test_every_model_of_the_zoo_keeps_every_bit(case):
+    model = build(case)
+    run = lambda params, *args: Call(model.fn, params, args, {}).run(Interpreter())
+    got = jax.jit(run)(model.params, *model.args)
+    assert same(got, model.jitted(model.params, *model.args))
 
 
 def test_integers_get_no_gradient_and_inexact_numbers_all_of_theirs():
