@@ -34,7 +34,7 @@ def shrink(
     fn: Callable,
     params: PyTree,
     *args: Any,
-    keep: float | Mapping[str, float] = 0.5,
+    keep: float | int | Mapping[str, float | int] = 0.5,
     score: Score | None = None,
 ) -> tuple[Callable, PyTree]:
     """Removes the least important channels, neurons and heads, and really shrinks.
@@ -72,8 +72,8 @@ def shrink(
 
 
 def choose(
-    program: Program, params: PyTree, fractions: Mapping[str, float], score: Score
-) -> dict[str, Bool[np.ndarray, " n"]]:
+    program: Program, params: PyTree, fractions: Mapping[str, float | int], score: Score
+) -> dict[str, Bool[np.ndarray, " _"]]:
     """For each coupling named, which of its indices stay (True): the best scored.
 
     Args:
@@ -95,7 +95,9 @@ def choose(
     return masks
 
 
-def _fractions(program: Program, keep: float | Mapping[str, float]) -> dict[str, float]:
+def _fractions(
+    program: Program, keep: float | int | Mapping[str, float | int]
+) -> dict[str, float | int]:
     """For each coupling to be shrunk, by name, the fraction to keep."""
     rules = keep if isinstance(keep, Mapping) else {"**": keep}
     for fraction in rules.values():
@@ -107,7 +109,7 @@ def _fractions(program: Program, keep: float | Mapping[str, float]) -> dict[str,
     multiplying = {site.path for site in program.sites}
     if not couplings.free:
         raise ValueError(f"nothing in this function can be removed. {_why(couplings)}")
-    out: dict[str, float] = {}
+    out: dict[str, float | int] = {}
     for pattern, fraction in rules.items():
         matched = set(tree.match(pattern, paths))
         hit = [

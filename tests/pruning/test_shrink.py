@@ -1,0 +1,168 @@
+"""Structured pruning: the smaller function is the original with channels zeroed."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from jaxeff import tree
+from jaxeff.models import CNN, GPT, Llama, LlamaConfig, MobileNet, ResNet
+from jaxeff.program import dense, like, trace
+from jaxeff.pruning import choose, magnitude, shrink
+from jaxeff.quantization import quantize
+from tests.zoo import draw, ZOO
+
+LLAMA = LlamaConfig(32, 16, 24, 2, 4, 2)
+
+
+def masked(fn, params, args, fractions):
+    """The weights with what `shrink` removes set to zero."""
+    program = trace(fn, params, *args)
+    masks = choose(program, params, fractions, magnitude())
+
+    def mask(keypath, w):
+        path = tree.path_name(keypath)
+        for d, keep in enumerate(program.couplings.masks(path, masks)):
+            w = w * jnp.expand_dims(
+                jnp.asarray(keep, w.dtype), [i for i in range(w.ndim) if i != d]
+            )
+        return w
+
+    return jax.tree_util.tree_map_with_path(mask, params)
+
+
+def every(fn, params, args, keep):
+    return {c.name: keep for c in trace(fn, params, *args).couplings.free}
+
+
+MODELS = {
+    "cnn": (CNN(stages=((6, 6), (8,)), classes=5), (2, 8, 8, 1)),
+    "mobilenet": (MobileNet(classes=5, width=0.125), (2, 32, 32, 3)),
+    "resnet": (ResNet(depth=8, width=4, classes=5), (2, 16, 16, 3)),
+    "gpt": (GPT(32, 16, 16, 2, 4), None),
+    "llama": (Llama(LLAMA), None),
+    "llama scanned": (Llama(LLAMA, scan=True), None),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_shrunk_model_equals_the_masked_one_at_any_batch_size(name, getkey):
+    model, shape = MODELS[name]
+    inputs = lambda n: (
+        jr.randint(getkey(), (n, 7 + n), 0, 32)
+        if shape is None
+        else jr.normal(getkey(), (n, *shape[1:]))
+    )
+    x = inputs(2)
+    params = draw(getkey(), jax.eval_shape(model.init, jr.key(0), x))
+    fn, small = shrink(model.apply, params, x, keep=0.5)
+    zeroed = masked(model.apply, params, (x,), every(model.apply, params, (x,), 0.5))
+    assert tree.tree_size(small) < 0.6 * tree.tree_size(params)
+    y = inputs(3)
+    expected, got = jax.jit(model.apply)(zeroed, y), jax.jit(fn)(small, y)
+    assert jnp.allclose(got, expected, rtol=1e-4, atol=1e-4 * jnp.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["linen_cnn", "nnx_mlp", "equinox_cnn", "plain_mlp"])
+def test_gradients_of_the_shrunk_are_those_of_the_masked_where_it_kept(name, getkey):
+    case = next(c for c in ZOO if c.name == name)
+    fn, params, args = case.build(getkey())
+    small_fn, small = shrink(fn, params, *args, keep=0.5)
+    zeroed = masked(fn, params, args, every(fn, params, args, 0.5))
+    loss = lambda f: (
+        lambda p: sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(f(p, *args)))
+    )
+    grads = jax.jit(jax.grad(loss(small_fn), allow_int=True))(small)
+    full = jax.jit(jax.grad(loss(fn), allow_int=True))(zeroed)
+    program = trace(fn, params, *args)
+    masks = choose(program, params, every(fn, params, args, 0.5), magnitude())
+    for path, g in tree.paths(grads).items():
+        kept = tree.paths(full)[path]
+        for d, mask in enumerate(program.couplings.masks(path, masks)):
+            kept = jnp.compress(mask, kept, axis=d)
+        assert jnp.allclose(g, kept, rtol=1e-3, atol=1e-5), path
+
+
+def test_the_best_scored_stay_and_a_users_own_score_decides(getkey):
+    model = CNN(stages=((4,), (6,)), classes=5)
+    x = jnp.ones((1, 8, 8, 1))
+    params = draw(getkey(), jax.eval_shape(model.init, jr.key(0), x))
+
+    def first_channels(program, weights):
+        shape = weights["params/conv_0_0/kernel"].shape
+        rank = np.broadcast_to(-np.arange(shape[-1]), shape)
+        return {"params/conv_0_0/kernel": rank}
+
+    _, small = shrink(model.apply, params, x, keep=0.5, score=first_channels)
+    kernel = params["params"]["conv_0_0"]["kernel"]
+    assert jnp.array_equal(small["params"]["conv_0_0"]["kernel"], kernel[..., :2])
+
+
+def test_patterns_choose_couplings_and_leave_the_others_whole(getkey):
+    model = GPT(32, 16, 16, 2, 4)
+    x = jnp.zeros((1, 8), jnp.int32)
+    params = draw(getkey(), jax.eval_shape(model.init, jr.key(0), x))
+    keep = {"**/block_0/{up,down}/*": 0.25, "**/{up,down}/*": 0.5}
+    paths = list(tree.paths(params))
+    block = next(p for p in paths if p.endswith("/up/kernel")).split("/")[1]
+    keep = {k.replace("block_0", block): v for k, v in keep.items()}
+    fn, small = shrink(model.apply, params, x, keep=keep)
+    shapes = {p: w.shape for p, w in tree.paths(small).items()}
+    ups = [shapes[p][1] for p in paths if p.endswith("/up/kernel")]
+    assert ups == [16, 32]  # of 64
+    same = [p for p in paths if "/up/" not in p and "/down/kernel" not in p]
+    assert all(shapes[p] == tree.paths(params)[p].shape for p in same)
+    assert jnp.all(jnp.isfinite(fn(small, x)))
+
+
+def test_shrinking_a_quantized_model_slices_its_integers(getkey):
+    model = CNN(stages=((8,), (8,)), classes=5)
+    x = jr.normal(getkey(), (2, 8, 8, 1))
+    params = draw(getkey(), jax.eval_shape(model.init, jr.key(0), x))
+    q_fn, q = quantize(model.apply, params, x)
+    fn, small = shrink(q_fn, q, x, keep=0.5)
+    zeroed = masked(model.apply, dense(q), (x,), every(model.apply, params, (x,), 0.5))
+    assert tree.tree_bytes(small) < 0.6 * tree.tree_bytes(q)
+    assert jnp.allclose(fn(small, x), model.apply(zeroed, x), rtol=1e-3, atol=1e-4)
+
+
+def test_dropout_and_batch_statistics_follow_the_shrunk_model(getkey):
+    model = CNN(stages=((8,), (8,)), classes=5)
+    x = jr.normal(getkey(), (4, 8, 8, 1))
+    params = draw(getkey(), jax.eval_shape(model.init, jr.key(0), x))
+    fn, small = shrink(model.apply, params, x, keep=0.5)
+    train = lambda p, x: model.apply(p, x, train=True, mutable=["batch_stats"])
+    _, updates = jax.jit(like(fn, train))(small, x)
+    shapes = lambda t: jax.tree.map(jnp.shape, t)
+    assert shapes(updates["batch_stats"]) == shapes(small["batch_stats"])
+
+    def dropped(p, x, key):
+        y = model.apply(p, x)
+        return jnp.where(jr.bernoulli(key, 0.5, y.shape), y, 0)
+
+    assert like(fn, dropped)(small, x, getkey()).shape == (4, 5)
+
+
+@pytest.mark.parametrize("keep", [0, -0.5, 1.5, {"**": 2.0}])
+def test_a_fraction_outside_zero_to_one_is_refused(keep, getkey):
+    case = next(c for c in ZOO if c.name == "plain_mlp")
+    fn, params, args = case.build(getkey())
+    with pytest.raises(ValueError, match=r"\(0, 1\]"):
+        shrink(fn, params, *args, keep=keep)
+
+
+def test_a_pattern_that_chooses_nothing_says_what_stands_against_it(getkey):
+    model = CNN(stages=((4,), (6,)), classes=5)
+    x = jnp.ones((1, 8, 8, 1))
+    params = draw(getkey(), jax.eval_shape(model.init, jr.key(0), x))
+    with pytest.raises(ValueError, match="outputs"):
+        shrink(model.apply, params, x, keep={"params/head/bias": 0.5})
+    with pytest.raises(ValueError, match="Nearest"):
+        shrink(model.apply, params, x, keep={"params/haed/*": 0.5})
+
+
+def test_a_function_of_which_nothing_can_go_is_refused():
+    linear = lambda w, x: x @ w
+    with pytest.raises(ValueError, match="nothing in this function can be removed"):
+        shrink(linear, jnp.ones((3, 2)), jnp.ones((1, 3)))
