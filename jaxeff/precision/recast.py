@@ -73,6 +73,7 @@ class Recast(Interpreter):
             wide: which outputs will be used in float32.
         """
         self._weights[()], self._outs[()] = weights, tuple(wide)
+        args = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in args]
         return [self.plain(y) for y in self.run(jaxpr, args)]
 
     def keeps_types(self, eqn: JaxprEqn, args: list[Any], where: Where) -> bool:
@@ -98,9 +99,9 @@ class Recast(Interpreter):
     def wide(self, x: Any) -> Any:
         """`x` in float32."""
         if isinstance(x, Number):
-            return x.array(jnp.float32)
+            return x.array(_F32)
         if not isinstance(x, Held):
-            return self._as(x, jnp.float32) if isinstance(x, jax.Array) else x
+            return x if is_written(x) else self._as(x, _F32)
         if x.origin is not None:
             self._asked.add((x.origin, "wide"))
         assert x.wide is not None, "a loop is entered with all that it asks for"
@@ -294,7 +295,7 @@ class Recast(Interpreter):
         """An equation run in float32, with its result in `dtype`."""
         xs = [x for x, f in zip(args, floats, strict=True) if f]
         numbers = any(number(x) is not None for x in xs)
-        rounded = any(isinstance(x, jax.Array) and not _is_wide(x) for x in xs)
+        rounded = not all(is_written(x) or _is_wide(x) for x in xs)
         saves = eqn.primitive.name in MULTIPLY and rounded and not numbers
         # What `grad` would save in float32 it makes again from what is rounded.
         get = self.plain if saves else self.wide
@@ -319,7 +320,7 @@ def _is_inexact(v: Any) -> bool:
 
 
 def _is_wide(x: Any) -> bool:
-    return isinstance(x, Held) or (isinstance(x, jax.Array) and x.dtype == _F32)
+    return isinstance(x, Held) or (not is_written(x) and x.dtype == _F32)
 
 
 def _array(x: Any) -> Any:
@@ -327,7 +328,7 @@ def _array(x: Any) -> Any:
 
 
 def _cast(x: Any, dtype: Any) -> Any:
-    same = not isinstance(x, jax.Array) or x.dtype == dtype
+    same = is_written(x) or x.dtype == dtype
     return x if same else jax.lax.convert_element_type(x, dtype)
 
 

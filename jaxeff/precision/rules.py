@@ -5,6 +5,8 @@ There a softmax is a maximum, a difference, an `exp` and a sum, so it is also de
 *where float32 begins*: at the first of a run of operations whose results are used in
 float32 only, and of which `grad` saves nothing (`wanted`). So a softmax subtracts its
 maximum in float32 too, where rounding would cost accuracy and saves no memory.
+As in torch.amp a look-up keeps its table's dtype, so a residual stream that begins
+with one stays float32.
 
 Source: the autocast op reference of PyTorch.
 """

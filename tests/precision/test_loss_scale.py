@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from jaxeff.precision import all_finite, autocast, DynamicLossScale
+from jaxeff.training import Aux, init_state, make_train_step
 
 # Every field off its default.
 ODD = DynamicLossScale(
@@ -107,43 +108,32 @@ def test_a_scale_that_cannot_work_is_refused(options):
 
 
 def test_a_float16_run_that_overflows_recovers_and_skips_only_the_bad_steps(getkey):
-    """Laws of a whole run; the step is written out here, as any trainer would."""
     x = jr.normal(getkey(), (64, 6))
     y = x @ jr.normal(getkey(), (6, 3))
 
-    def plain(params, x, y):
+    def plain(params, batch, key):
+        x, y = batch
         h = jnp.tanh(x @ params["inner"])
-        return jnp.mean(jnp.square(h @ params["outer"] - y))
+        return jnp.mean(jnp.square(h @ params["outer"] - y)), Aux()
 
-    loss, tx = autocast(plain, jnp.float16), optax.adam(1e-2)
     params = {"inner": jr.normal(getkey(), (6, 16)), "outer": jnp.zeros((16, 3))}
-
-    @jax.jit
-    def step(carry, batch):
-        params, opt_state, scaler = carry
-
-        def scaled(params):
-            return scaler.scale(loss(params, *batch))
-
-        grads = scaler.unscale(jax.grad(scaled)(params))
-        finite = all_finite(grads)
-        updates, new_state = tx.update(grads, opt_state, params)
-        new = (optax.apply_updates(params, updates), new_state)
-        keep = lambda a, b: jnp.where(finite, a, b)
-        params, opt_state = jax.tree.map(keep, new, (params, opt_state))
-        return (params, opt_state, scaler.adjust(finite)), finite
-
+    tx = optax.adam(1e-2)
+    step = make_train_step(autocast(plain, jnp.float16), tx)
     # A start far too high; and, at step 60, a batch that overflows at any scale.
-    carry = (params, tx.init(params), DynamicLossScale(value=2.0**24, period=25))
-    first, finites = float(plain(params, x, y)), []
+    scaler = DynamicLossScale(value=2.0**24, period=25)
+    state = init_state(params, tx, jr.key(0), scaler=scaler)
+    first, skipped = float(plain(params, (x, y), None)[0]), []
     for i in range(150):
-        batch = (x * 1e30, y) if i == 60 else (x, y)
-        before = carry
-        carry, finite = step(carry, batch)
-        same = jax.tree.map(jnp.array_equal, before[:2], carry[:2])
-        assert all(jax.tree.leaves(same)) == (not finite)
-        assert all_finite(carry)
-        finites.append(bool(finite))
-    assert not finites[0] and not finites[60]
-    assert sum(finites) > 120
-    assert float(plain(carry[0], x, y)) < 0.3 * first
+        before = jax.tree.map(jnp.copy, (state.params, state.opt_state))
+        scale = float(state.scaler.value)
+        state, metrics = step(state, (x * 1e30, y) if i == 60 else (x, y))
+        after = (state.params, state.opt_state)
+        same = jax.tree.map(jnp.array_equal, before, after)
+        assert all(jax.tree.leaves(same)) == bool(metrics["skipped"])
+        assert all_finite(after)
+        if metrics["skipped"]:
+            assert float(state.scaler.value) == scale / 2
+        skipped.append(bool(metrics["skipped"]))
+    assert skipped[0] and skipped[60]
+    assert sum(skipped) < 30
+    assert float(plain(state.params, (x, y), None)[0]) < 0.3 * first

@@ -285,6 +285,14 @@ def test_constants_of_the_program_are_data(getkey):
     assert run_dtypes(autocast(fn), w, x)["add"] == {F32}
 
 
+def test_numpy_arrays_are_as_good_as_any(getkey):
+    fn = lambda w, x: jnp.tanh(x @ w["w"] + w["bias"]) * w["gain"] + x
+    w = {"w": matrices(getkey(), 1)[0], "bias": jnp.ones(()), "gain": jnp.float32(0.1)}
+    x = jr.normal(getkey(), (3, 4))
+    y = autocast(fn)(jax.tree.map(np.asarray, w), np.asarray(x))
+    assert y.dtype == F32 and jnp.array_equal(y, autocast(fn)(w, x))
+
+
 def test_nothing_of_a_program_is_left_in_the_interpreter(getkey):
     """A tracer kept from one trace would break the next."""
     fn = autocast(lambda w, x: jax.lax.scan(lambda y, _: (y @ w, None), x, length=2)[0])
