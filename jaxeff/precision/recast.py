@@ -31,7 +31,17 @@ from .rules import (
     wanted,
     widens,
 )
-from .values import Held, is_written, Number, number, yields
+from .values import (
+    array_of,
+    Held,
+    is_wide,
+    is_written,
+    mark,
+    Number,
+    number,
+    shared,
+    yields,
+)
 
 
 @dataclasses.dataclass
@@ -94,7 +104,7 @@ class Recast(Interpreter):
             return self._as(x.wide, self.dtype)
         if x.wide is None:
             return x.low
-        return self._once(x.low, "shared", lambda: _shared(x.wide, x.low))
+        return self._once(x.low, "shared", lambda: shared(x.wide, x.low))
 
     def wide(self, x: Any) -> Any:
         """`x` in float32."""
@@ -133,7 +143,7 @@ class Recast(Interpreter):
         scope = _Scope(wanted(jaxpr.jaxpr, outs), casts)
         weights = itertools.chain(self._weights.get(where, ()), itertools.repeat(False))
         args = [
-            Held(x, yields=True) if w and not isinstance(x, Held) and _is_wide(x) else x
+            Held(x, yields=True) if w and not isinstance(x, Held) and is_wide(x) else x
             for x, w in zip(args, weights, strict=False)
         ]
         with self._inside(where, scope):
@@ -187,7 +197,7 @@ class Recast(Interpreter):
             return consts, carry, xs
         me, n = next(self._loops), len(consts)
         given = [*consts, *(self.plain(x) if isinstance(x, Number) else x for x in xs)]
-        marked = [_mark(x, (me, i)) for i, x in enumerate(given)]
+        marked = [mark(x, (me, i)) for i, x in enumerate(given)]
         while True:
             self._asked = {a for a in self._asked if a[0][0] != me}
             types = [y.dtype for y in turn(marked[:n], carry, marked[n:])]
@@ -256,7 +266,7 @@ class Recast(Interpreter):
         if eqn.primitive.name in PRODUCTS:
             self.products[jnp.dtype(outs[0].dtype)] += 1
         if args and all(map(yields, args)):
-            outs = [Held(y, yields=True) if _is_wide(y) else y for y in outs]
+            outs = [Held(y, yields=True) if is_wide(y) else y for y in outs]
         return outs
 
     def _dtype(self, eqn: JaxprEqn, xs: list[Any], scope: _Scope) -> Any:
@@ -271,11 +281,11 @@ class Recast(Interpreter):
         data = [x for x in xs if not yields(x)]
         if name in ELEMENTWISE:
             whole = eqn.outvars[0].aval.shape
-            data = [x for x in data if _array(x).shape == whole] or data
+            data = [x for x in data if array_of(x).shape == whole] or data
         numbers = filter(None, map(number, xs))
         if name not in MULTIPLY and not all(n.fits(self.dtype) for n in numbers):
             return _F32
-        return self.dtype if data and not any(map(_is_wide, data)) else _F32
+        return self.dtype if data and not any(map(is_wide, data)) else _F32
 
     def _mixes(self, eqn: JaxprEqn, xs: list[Any]) -> bool:
         """Whether an operand must not be rounded, though the result will be.
@@ -288,14 +298,14 @@ class Recast(Interpreter):
         whole = eqn.outvars[0].aval.shape
         exact = [n.exact(self.dtype) for x in xs if (n := number(x)) is not None]
         arrays = [x for x in xs if number(x) is None]
-        small = [x for x in arrays if _array(x).shape != whole]
-        return not all(exact) or any(map(_is_wide, small))
+        small = [x for x in arrays if array_of(x).shape != whole]
+        return not all(exact) or any(map(is_wide, small))
 
     def _in_float32(self, eqn, args, floats, dtype):
         """An equation run in float32, with its result in `dtype`."""
         xs = [x for x, f in zip(args, floats, strict=True) if f]
         numbers = any(number(x) is not None for x in xs)
-        rounded = not all(is_written(x) or _is_wide(x) for x in xs)
+        rounded = not all(is_written(x) or is_wide(x) for x in xs)
         saves = eqn.primitive.name in MULTIPLY and rounded and not numbers
         # What `grad` would save in float32 it makes again from what is rounded.
         get = self.plain if saves else self.wide
@@ -306,7 +316,7 @@ class Recast(Interpreter):
                 _cast(x, _F32) if f else x
                 for x, f in zip(operands, floats, strict=True)
             ]
-            return [_cast(y, dtype) if _is_wide(y) else y for y in bind(eqn, up)]
+            return [_cast(y, dtype) if is_wide(y) else y for y in bind(eqn, up)]
 
         run = jax.checkpoint(run, prevent_cse=False) if saves else run
         return run(*operands)
@@ -319,24 +329,9 @@ def _is_inexact(v: Any) -> bool:
     return jnp.issubdtype(v.aval.dtype, jnp.inexact)
 
 
-def _is_wide(x: Any) -> bool:
-    return isinstance(x, Held) or (not is_written(x) and x.dtype == _F32)
-
-
-def _array(x: Any) -> Any:
-    return x if not isinstance(x, Held) else x.low if x.wide is None else x.wide
-
-
 def _cast(x: Any, dtype: Any) -> Any:
     same = is_written(x) or x.dtype == dtype
     return x if same else jax.lax.convert_element_type(x, dtype)
-
-
-def _mark(x: Any, origin: tuple[int, int]) -> Any:
-    """An operand of a loop that tells in which dtypes the loop wants it."""
-    if isinstance(x, Held):
-        return Held(x.wide, x.low, x.yields, origin)
-    return Held(x, origin=origin) if _is_wide(x) else x
 
 
 def _accumulating(eqn: JaxprEqn, dtype: Any) -> JaxprEqn:
@@ -344,15 +339,3 @@ def _accumulating(eqn: JaxprEqn, dtype: Any) -> JaxprEqn:
     if not is_product(eqn) or eqn.params["preferred_element_type"] != _F32:
         return eqn
     return eqn.replace(params={**eqn.params, "preferred_element_type": dtype})
-
-
-@jax.custom_jvp
-def _shared(wide: Any, low: Any) -> Any:
-    """`low`, which is `wide` rounded; its gradient goes to `wide`, in float32."""
-    return low
-
-
-@_shared.defjvp
-def _shared_jvp(primals, tangents):
-    low = primals[1]
-    return low, tangents[0].astype(low.dtype)

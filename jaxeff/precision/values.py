@@ -86,3 +86,32 @@ def is_written(x: Any) -> bool:
 def yields(x: Any) -> bool:
     """Whether an operand takes the dtype of what it meets."""
     return x.yields if isinstance(x, Held) else is_written(x)
+
+
+def is_wide(x: Any) -> bool:
+    """Whether an operand is an array in float32, or stands for one."""
+    return isinstance(x, Held) or (not is_written(x) and x.dtype == jnp.float32)
+
+
+def array_of(x: Any) -> Any:
+    """An array of an operand's shape: itself, or one of the two that it holds."""
+    return x if not isinstance(x, Held) else x.low if x.wide is None else x.wide
+
+
+def mark(x: Any, origin: tuple[int, int]) -> Any:
+    """An operand of a loop that tells in which dtypes the loop wants it."""
+    if isinstance(x, Held):
+        return Held(x.wide, x.low, x.yields, origin)
+    return Held(x, origin=origin) if is_wide(x) else x
+
+
+@jax.custom_jvp
+def shared(wide: Any, low: Any) -> Any:
+    """`low`, which is `wide` rounded; its gradient goes to `wide`, in float32."""
+    return low
+
+
+@shared.defjvp
+def _shared_jvp(primals, tangents):
+    low = primals[1]
+    return low, tangents[0].astype(low.dtype)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from jaxeff.precision.values import Held, Number, number, yields
+from jaxeff.precision.values import Held, is_wide, mark, Number, number, shared, yields
 
 LOW = [jnp.bfloat16, jnp.float16]
 floats = st.floats(width=32, allow_nan=False)
@@ -55,3 +55,23 @@ def test_both_pass_through_a_pytree_whole():
     again = jax.tree.map(lambda x: x, value)
     assert again["n"] == value["n"]
     assert again["w"].yields and again["w"].origin == (3, 1) and again["w"].low is None
+
+
+def test_the_gradient_of_a_rounded_array_goes_to_the_array_it_was_rounded_from():
+    wide, g = jnp.linspace(-1, 1, 5), jnp.linspace(2, 3, 5).astype(jnp.bfloat16)
+    low = wide.astype(jnp.bfloat16)
+    y, back = jax.vjp(shared, wide, low)
+    assert jnp.array_equal(y, low) and y.dtype == low.dtype
+    to_wide, to_low = back(g)
+    assert to_wide.dtype == wide.dtype and jnp.array_equal(to_wide, g)
+    assert jnp.all(to_low == 0)
+
+
+def test_only_float32_arrays_are_marked_on_their_way_into_a_loop():
+    x = jnp.ones(3)
+    assert mark(x, (0, 1)).origin == (0, 1)
+    assert mark(Held(x, yields=True, origin=(0, 1)), (2, 0)).origin == (2, 0)
+    assert mark(Held(x, yields=True), (2, 0)).yields
+    others = [x.astype(jnp.bfloat16), jnp.arange(3), np.float32(2), Number(2.0, (3,))]
+    for other in others:
+        assert mark(other, (0, 1)) is other and not is_wide(other)
