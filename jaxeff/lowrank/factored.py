@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from jaxeff.program import Conv, dense, Dot, keep, Leaf
 from jaxeff.tree import pytree, static
@@ -31,8 +31,8 @@ class Factored(Leaf):
     Law: `dense()` is `u` times `v`, summed over the rank.
     """
 
-    u: Float[Array, "..."] | Leaf
-    v: Float[Array, "..."] | Leaf
+    u: Any  # Float[Array, "*batch *rows rank"], or a leaf of that shape
+    v: Any  # Float[Array, "*batch rank *cols"], or a leaf of that shape
     cols: int = static()  # how many dims of `v` follow its rank
 
     @property

@@ -6,7 +6,6 @@ convolution is cut at its output channels, which makes two convolutions of it.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from jaxeff import tree
 from jaxeff.program import equations, is_leaf, lift, shapes, Site, trace, unlift
 
 from .factored import Factored
-from .svd import check_rank, factor_array, Rank
+from .svd import check_rank, factor_array, matrix_shape, Rank, rank_number
 
 Ranks = Mapping[str, Rank]
 
@@ -129,20 +128,17 @@ def _cut_of(site: Site, eqn: JaxprEqn, ndim: int) -> Cut | str:
 
 
 def _factor(w: Any, cut: Cut, rank: Rank, path: str) -> Factored | str:
-    n = cut.batch + cut.rows
-    m, k = math.prod(w.shape[cut.batch : n]), math.prod(w.shape[n:])
-    full = min(m, k)
-    if isinstance(rank, int) and rank > full:
-        return f"a {m} x {k} matrix has at most rank {full}, and {rank} is asked"
-    make = lambda w: factor_array(w, rank, rows=cut.rows, batch=cut.batch)
+    m, n = matrix_shape(w.shape, cut.rows, cut.batch)
+    if isinstance(rank, int) and rank > min(m, n):
+        return f"a {m} x {n} matrix has at most rank {min(m, n)}, and {rank} is asked"
     try:
-        shape_only = isinstance(w, jax.ShapeDtypeStruct)
-        new = jax.eval_shape(make, w) if shape_only else make(w)
+        r = rank_number(w, rank, rows=cut.rows, batch=cut.batch)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
-    if new.rank * (m + k) >= m * k:
+    if r * (m + n) >= m * n:
         return (
-            f"rank {new.rank} of a {m} x {k} matrix takes {new.rank * (m + k):,} "
-            f"numbers, and the matrix {m * k:,}"
+            f"rank {r} of a {m} x {n} matrix takes {r * (m + n):,} numbers, and the "
+            f"matrix {m * n:,}"
         )
-    return new
+    make = lambda w: factor_array(w, r, rows=cut.rows, batch=cut.batch)
+    return jax.eval_shape(make, w) if isinstance(w, jax.ShapeDtypeStruct) else make(w)

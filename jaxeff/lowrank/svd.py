@@ -8,7 +8,10 @@ lower rank".
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,26 +76,54 @@ def factor_array(
         ValueError: the rank is no rank, or larger than the full one, or depends on
             values while `w` has none (inside `jit`).
     """
-    check_rank(rank)
-    n = batch + rows
-    if not 0 < rows < w.ndim - batch:
+    return _truncate(w, rank_number(w, rank, rows=rows, batch=batch), rows, batch)
+
+
+def matrix_shape(shape: Sequence[int], rows: int, batch: int) -> tuple[int, int]:
+    """Rows and columns of each matrix that an array of that shape is cut into."""
+    if not 0 < rows < len(shape) - batch:
         raise ValueError(
-            f"rows, columns and {batch} batch dims share the {w.ndim} dims of the "
+            f"rows, columns and {batch} batch dims share the {len(shape)} dims of the "
             f"array, at least one each, got rows={rows}."
         )
-    m, k = math.prod(w.shape[batch:n]), math.prod(w.shape[n:])
-    full = min(m, k)
-    if isinstance(rank, int) and rank > full:
-        raise ValueError(f"a {m} x {k} matrix has at most rank {full}, got {rank}.")
-    if isinstance(rank, Energy) and isinstance(w, jax.core.Tracer):
+    n = batch + rows
+    return math.prod(shape[batch:n]), math.prod(shape[n:])
+
+
+def rank_number(w: Any, rank: Rank, *, rows: int, batch: int = 0) -> int:
+    """The rank of the factors of `w` as a number; see `factor_array`.
+
+    Unless it is an `energy`, the shape of `w` is enough.
+    """
+    check_rank(rank)
+    m, n = matrix_shape(w.shape, rows, batch)
+    full = min(m, n)
+    if isinstance(rank, int):
+        if rank > full:
+            raise ValueError(f"a {m} x {n} matrix has at most rank {full}, got {rank}.")
+        return rank
+    if isinstance(rank, float):
+        return max(1, round(rank * full))
+    if isinstance(w, jax.core.Tracer | jax.ShapeDtypeStruct):
         raise ValueError(
             "energy(...) depends on the values of the weight, but only its shape is "
             "known here. Give the rank as a number or a fraction."
         )
+    matrices = w.reshape(*w.shape[:batch], m, n).astype(jnp.float32)
+    singular = jnp.linalg.svd(matrices, compute_uv=False)
+    squares = np.asarray(singular, np.float64) ** 2
+    left = squares.sum(-1, keepdims=True) - squares.cumsum(-1)
+    # All that is allowed to go, and the rounding of what float32 calls zero.
+    allowed = (1 - rank.fraction + 1e-12) * squares.sum(-1, keepdims=True)
+    return min(full, int((left > allowed).sum(-1).max()) + 1)
+
+
+@functools.partial(jax.jit, static_argnames=("r", "rows", "batch"))
+def _truncate(w: Float[Array, "..."], r: int, rows: int, batch: int) -> Factored:
+    n, matrix = batch + rows, matrix_shape(w.shape, rows, batch)
     # float32: LAPACK has no narrower type.
-    matrices = w.reshape(*w.shape[:batch], m, k).astype(jnp.float32)
+    matrices = w.reshape(*w.shape[:batch], *matrix).astype(jnp.float32)
     u, s, v = jnp.linalg.svd(matrices, full_matrices=False)
-    r = _rank(rank, full, s)
     root = jnp.sqrt(s[..., :r])
     u = u[..., :r] * jnp.expand_dims(root, -2)
     v = v[..., :r, :] * jnp.expand_dims(root, -1)
@@ -101,15 +132,3 @@ def factor_array(
         v.reshape(*w.shape[:batch], r, *w.shape[n:]).astype(w.dtype),
         cols=w.ndim - n,
     )
-
-
-def _rank(rank: Rank, full: int, singular: Float[Array, "*batch full"]) -> int:
-    if isinstance(rank, int):
-        return rank
-    if isinstance(rank, float):
-        return max(1, round(rank * full))
-    squares = np.asarray(singular, np.float64) ** 2
-    left = squares.sum(-1, keepdims=True) - squares.cumsum(-1)
-    # All that is allowed to go, and the rounding of what float32 calls zero.
-    allowed = (1 - rank.fraction + 1e-12) * squares.sum(-1, keepdims=True)
-    return min(full, int((left > allowed).sum(-1).max()) + 1)

@@ -40,7 +40,7 @@ class QArray(Leaf):
     dtype_name: str = static()
     activations: int | None = static(default=None)
     packed: int | None = static(default=None)  # negative; None: a value per byte
-    length: int | None = static(default=None)  # of the array along `packed`
+    length: int = static(default=0)  # of the array along `packed`
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,7 +72,7 @@ class QArray(Leaf):
         return (self.integers().astype(jnp.float32) * scale).astype(self.dtype)
 
     def _with(self, integers: Array, scale: Array, packed: int | None) -> "QArray":
-        length = None if packed is None else integers.shape[packed]
+        length = 0 if packed is None else integers.shape[packed]
         values = integers if packed is None else pack(integers, packed)
         return dataclasses.replace(
             self, values=values, scale=scale, packed=packed, length=length
@@ -146,7 +146,8 @@ class QArray(Leaf):
         if math.prod(self.shape[d] for d in contract) > products.LONGEST_SUM:
             return NotImplemented
         product = products.straight_through(
-            lambda *a: products.integer_dot(*a, dot), lambda *a: products.dot(*a, dot)
+            lambda x, v, s: products.integer_dot(x, v, s, dot),
+            lambda x, v, s: products.dot(x, v, s, dot),
         )
         return product(x, self.integers(), scale).astype(out)
 
@@ -180,8 +181,8 @@ class QArray(Leaf):
         if longest > products.LONGEST_SUM or conv.params["batch_group_count"] > 1:
             return NotImplemented
         product = products.straight_through(
-            lambda *a: products.integer_conv(*a, conv),
-            lambda *a: products.conv(*a, conv),
+            lambda x, v, s: products.integer_conv(x, v, s, conv),
+            lambda x, v, s: products.conv(x, v, s, conv),
         )
         return product(x, self.integers(), scale).astype(out)
 
@@ -244,7 +245,7 @@ def quantize_array(
         dtype_name=jnp.dtype(w.dtype).name,
         activations=format.activations,
         packed=packed,
-        length=None if packed is None else w.shape[packed],
+        length=0 if packed is None else w.shape[packed],
     )
 
 

@@ -13,13 +13,9 @@ SOME = [
     "linen_cnn",
     "linen_gpt",
     "linen_llama_scan_remat",
-    "linen_transformer",
-    "nnx_cnn",
     "nnx_transformer",
     "equinox_cnn",
-    "equinox_transformer",
     "plain_transformer",
-    "plain_control_flow",
     "plain_lstm",
 ]
 

@@ -23,7 +23,7 @@ def test_the_squared_error_is_the_sum_of_the_squares_left_out(
 ):
     w = normal(*shape)
     s = singular_values(w, batch, rows)
-    for rank in (1, 3, s.shape[-1]):
+    for rank in (1, 3):
         f = factor_array(w, rank, rows=rows, batch=batch)
         assert (f.shape, f.dtype, f.rank, f.cols) == (
             shape,

@@ -40,7 +40,7 @@ def test_flattening_and_back_keeps_every_field():
         "dtype_name": "float32",
         "activations": None,
         "packed": None,
-        "length": None,
+        "length": 4,
     }
     for field in dataclasses.fields(QArray):
         assert getattr(again, field.name) is getattr(q, field.name)

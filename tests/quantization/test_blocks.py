@@ -88,7 +88,9 @@ def test_keeping_indices_of_the_scale_is_keeping_what_it_expands_to():
 
     results = run(lambda s: list(pairs(s)), [s for _, s in CASES])
     for (ours, whole), d, mask in zip(results, dims, masks, strict=True):
-        np.testing.assert_array_equal(ours, np.compress(mask, whole, axis=d))
+        np.testing.assert_array_equal(
+            ours, np.compress(mask, np.asarray(whole), axis=d)
+        )
 
 
 def test_blocks_that_lose_as_many_indices_stay_blocks():
