@@ -264,7 +264,9 @@ class Interpreter:
             for v in last_use[i]:
                 env.pop(v, None)
         outs = jaxpr.jaxpr.outvars
-        return [jnp.asarray(read(v)) if isinstance(v, Literal) else env[v] for v in outs]
+        return [
+            jnp.asarray(read(v)) if isinstance(v, Literal) else env[v] for v in outs
+        ]
 
     def collect(
         self, jaxpr: ClosedJaxpr, args: Sequence[Any]

@@ -15,7 +15,7 @@ from jax.extend.core import JaxprEqn
 from . import flops
 from .dims import concat, cut, Dim, factor, fix, product, unite
 from .sites import reshape_groups
-from .source import source_line
+from .source import callers, source_line
 
 Dims = tuple[Dim, ...]
 
@@ -34,7 +34,8 @@ Rule = Callable[[Mode, JaxprEqn, Sequence[Dims]], list[Dims]]
 
 def because(eqn: JaxprEqn, what: str) -> Callable[[], str]:
     """A reason, spelled out only when somebody reads it."""
-    return lambda: f"{what} at {source_line(eqn)}"
+    around = callers()
+    return lambda: f"{what} at {source_line(eqn, around)}"
 
 
 def fresh(eqn: JaxprEqn, out: int = 0) -> Dims:

@@ -17,7 +17,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 from .flops import equation_flops
 from .interpret import bodies, Body, product, scan_counts, Where
 from .leaf import Conv, dot_of, lookup_dim
-from .source import source_line
+from .source import inside, source_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,8 @@ def follow(
             entering = [given[j] for j in body.operands]
             entering = _entering(body, eqn, entering)
             inner = product(times, body.times)
-            leaving = follow(body.jaxpr, entering, visit, body.where, inner)
+            with inside(eqn):
+                leaving = follow(body.jaxpr, entering, visit, body.where, inner)
             if body.kind == "call":
                 env.update(zip(eqn.outvars, leaving, strict=True))
     return [read(v) for v in jaxpr.jaxpr.outvars]

@@ -12,6 +12,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 from .dims import Dim, fix
 from .interpret import bodies, Body, scan_counts, Where
 from .rules import because, Dims, fixed, rule_of, unite_all
+from .source import inside
 
 
 class Solver:
@@ -49,12 +50,11 @@ class Solver:
         for i, eqn in enumerate(jaxpr.jaxpr.eqns):
             given = [self.read(v, where) for v in eqn.invars]
             inner = bodies(eqn, (*where, i))
-            enter = _ENTER[inner[0].kind] if inner else None
-            outs = (
-                enter(self, eqn, given, inner)
-                if enter is not None
-                else rule_of(eqn)(self, eqn, given)
-            )
+            if inner:
+                with inside(eqn):
+                    outs = _ENTER[inner[0].kind](self, eqn, given, inner)
+            else:
+                outs = rule_of(eqn)(self, eqn, given)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [self.read(v, where) for v in jaxpr.jaxpr.outvars]
 

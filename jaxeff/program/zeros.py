@@ -20,6 +20,7 @@ from .dims import atoms, Dim, factor
 from .interpret import bodies, Body, scan_counts, Where
 from .rules import because, Dims
 from .solve import Solver
+from .source import inside
 
 
 class Zero(NamedTuple):
@@ -64,7 +65,8 @@ class Zeros:
             given = [read(v) for v in eqn.invars]
             inner = bodies(eqn, (*where, i))
             if inner:
-                outs = _ENTER[inner[0].kind](self, eqn, given, inner)
+                with inside(eqn):
+                    outs = _ENTER[inner[0].kind](self, eqn, given, inner)
             else:
                 outs = self._equation(eqn, given, where)
             env.update(zip(eqn.outvars, outs, strict=True))
