@@ -1,6 +1,6 @@
 """Pruning: structured, by couplings, and unstructured, as an optax transform."""
 
-from .magnitude import (
+from .masks import (
     keep_largest as keep_largest,
     prune_by_magnitude as prune_by_magnitude,
     PruneState as PruneState,
