@@ -142,7 +142,8 @@ class QArray(Leaf):
                 return dot(x, self.dense().astype(dtype)).astype(out)
             return products.dot(x, self.integers(), scale, dot).astype(out)
         if grouped:
-            return self._sum_of_groups(x, dot).astype(out)
+            y = self._sum_of_groups(x, dot)
+            return y if y is NotImplemented else y.astype(out)
         if math.prod(self.shape[d] for d in contract) > products.LONGEST_SUM:
             return NotImplemented
         product = products.straight_through(
@@ -151,7 +152,7 @@ class QArray(Leaf):
         )
         return product(x, self.integers(), scale).astype(out)
 
-    def _sum_of_groups(self, x: Array, dot: Dot) -> Array:
+    def _sum_of_groups(self, x: Array, dot: Dot) -> Any:
         """Each group is an integer product, with activations rounded for it alone."""
         lengths = self.scale.shape
         x_shape, w_shape, inner, n = products.group_dims(

@@ -192,16 +192,16 @@ def _check(fmt: Linear, uses: list[Site], shape: tuple[int, ...]) -> None:
         )
     if fmt.activations is None:
         return
-    if fmt.group is not None and any(s.primitive != "dot_general" for s in uses):
-        convolved = any(s.primitive.startswith("conv") for s in uses)
-        if convolved:
-            raise ValueError(
-                "an integer convolution sums its whole window in one number, so its "
-                "scale cannot vary within it. Leave out the group, or the activations."
-            )
-    longest = max((math.prod(shape[d] for d in c) for c in sums), default=0)
-    if fmt.group is None and longest > LONGEST_SUM:
+    if fmt.group is not None and any(s.primitive.startswith("conv") for s in uses):
+        raise ValueError(
+            "an integer convolution sums its whole window in one number, so its scale "
+            "cannot vary within it. Leave out the group, or the activations."
+        )
+    longest = fmt.group or max(
+        (math.prod(shape[d] for d in c) for c in sums), default=0
+    )
+    if longest > LONGEST_SUM:
         raise ValueError(
             f"a sum of {longest:,} products of 8-bit integers can overflow 32 bits "
-            f"(the limit is {LONGEST_SUM:,}). Give it groups, `.grouped(n)`."
+            f"(the limit is {LONGEST_SUM:,}). Give it smaller groups, `.grouped(n)`."
         )

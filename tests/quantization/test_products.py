@@ -291,12 +291,14 @@ def test_narrow_activations_keep_their_dtype_and_do_not_overflow(dtype, normal):
         assert error <= 0.02 * jnp.abs(exact).max()
 
 
-def test_sums_too_long_for_32_bits_run_dense():
+@pytest.mark.parametrize("groups", [1, 2])
+def test_sums_too_long_for_32_bits_run_dense(groups):
     assert (LONGEST_SUM + 1) * 127**2 > 2**31 - 1 >= LONGEST_SUM * 127**2
-    x = jax.ShapeDtypeStruct((1, LONGEST_SUM + 1), jnp.float32)
-    w = jax.ShapeDtypeStruct((LONGEST_SUM + 1, 1), jnp.float32)
-    q = jax.eval_shape(lambda w: quantize_array(w, w8a8, (0,)), w)
-    assert [e.native for e in lift_report(lambda w, x: x @ w, q, x)] == [False]
+    fmt = w8a8 if groups == 1 else w8a8.grouped(LONGEST_SUM + 1)
+    n = groups * (LONGEST_SUM + 1)
+    x, w = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, n), (n, 1)))
+    q = jax.eval_shape(lambda w: quantize_array(w, fmt, (0,)), w)
+    assert not is_native(lambda w, x: x @ w, q, x)
 
 
 def test_products_with_what_is_no_16_bit_float_run_dense(normal):

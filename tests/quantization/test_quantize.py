@@ -184,7 +184,7 @@ BAD = {
         matmul,
         {"w": (LONGEST_SUM + 1, 1)},
         {"w": w8a8},
-        f"limit is {LONGEST_SUM:,}.* Give it groups",
+        f"limit is {LONGEST_SUM:,}.* Give it smaller groups",
     ),
 }
 
