@@ -6,7 +6,9 @@ from pathlib import Path
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import pytest
 
 # Before any backend starts. Sharding can then be tested on any machine.
@@ -63,3 +65,17 @@ def data_dir():
         return folder
 
     return data_dir
+
+
+@pytest.fixture
+def normal(request):
+    """`normal(*shape)` is a fresh standard normal float32 array at each call.
+
+    By NumPy: a draw by JAX compiles a program for every shape.
+    """
+    rng = np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    return normal

@@ -11,12 +11,11 @@ import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from jaxeff.program import Conv, dense, Dot, keep, Leaf
+from jaxeff.program import Conv, dense, Dot, keep, Leaf, take_places
 from jaxeff.tree import pytree, static
 
 
@@ -138,7 +137,7 @@ class Factored(Leaf):
         shape = [self.shape[d] if d in mine else 1 for d in range(self.ndim)]
         shape[at] = self.rank
         picked = gather(own.reshape(tuple(shape)))
-        places = _places(gather, shape, dim)
+        places = take_places(gather, shape, dim)
 
         w, u, v, left = self._labels()
         rank, labels = u[-1], list(left[: picked.ndim])
@@ -219,18 +218,3 @@ def _einsum(
         precision=params["precision"],
         preferred_element_type=dtype,
     )
-
-
-def _places(
-    gather: Callable[[Array], Array], shape: Sequence[int], dim: int
-) -> dict[int, int]:
-    """Where `gather`, along `dim`, puts each other dim of an array of that shape."""
-    others = [d for d in range(len(shape)) if d != dim]
-
-    def result(n: int) -> tuple[int, ...]:
-        sizes = [shape[d] if d == dim else n for d in range(len(shape))]
-        return jax.eval_shape(gather, jax.ShapeDtypeStruct(sizes, jnp.float32)).shape
-
-    pairs = enumerate(zip(result(1), result(2), strict=True))
-    vary = [i for i, (n, m) in pairs if n != m]
-    return dict(zip(others, vary, strict=True))

@@ -20,6 +20,7 @@ from .leaf import (
     keep as keep,
     Leaf as Leaf,
     shapes as shapes,
+    take_places as take_places,
 )
 from .lift import (
     lift as lift,

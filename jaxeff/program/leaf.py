@@ -220,6 +220,21 @@ class Leaf(abc.ABC):
         return NotImplemented
 
 
+def take_places(
+    gather: Callable[[Array], Array], shape: Sequence[int], dim: int
+) -> dict[int, int]:
+    """Where the `gather` of `Leaf.take` puts each other dim of an array of `shape`."""
+    others = [d for d in range(len(shape)) if d != dim]
+
+    def result(n: int) -> tuple[int, ...]:
+        sizes = [shape[d] if d == dim else n for d in range(len(shape))]
+        return jax.eval_shape(gather, jax.ShapeDtypeStruct(sizes, jnp.float32)).shape
+
+    pairs = enumerate(zip(result(1), result(2), strict=True))
+    vary = [i for i, (n, m) in pairs if n != m]
+    return dict(zip(others, vary, strict=True))
+
+
 def is_leaf(x: Any) -> bool:
     """Whether `x` is a compressed weight: for `jax.tree.map(..., is_leaf=is_leaf)`."""
     return isinstance(x, Leaf)

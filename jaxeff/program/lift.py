@@ -104,7 +104,12 @@ class Lifting(Interpreter):
 
     def equation(self, eqn: JaxprEqn, args: list[Any], where: Where) -> list | None:
         """A leaf's own way to do it, or the same on its dense array."""
-        if not any(map(is_leaf, args)) or rebuilt(eqn.primitive.name):
+        if not any(map(is_leaf, args)):
+            return None
+        if rebuilt(eqn.primitive.name):
+            # These keep a rule or a sharding of their own, and take arrays only.
+            if eqn.primitive.name.startswith(("custom_", "shard_map")):
+                self.ran[where] = False
             return None
         rule = _RULES.get(eqn.primitive.name)
         out = NotImplemented if rule is None else _apply(rule, eqn, args)
@@ -186,9 +191,11 @@ def _conv(eqn: JaxprEqn, args: list[Any]) -> Any:
 
 def _gather(eqn: JaxprEqn, args: list[Any]) -> Any:
     x, indices = args
-    dim = lookup_dim(eqn)
+    dim, fill = lookup_dim(eqn), eqn.params["fill_value"]
     if dim is None or not is_leaf(x):
         return NotImplemented
+    if fill is not None and fill != 0 and not np.isnan(fill):
+        return NotImplemented  # rows out of bounds are of a value no leaf can store
 
     def gather(array):
         sizes = tuple(1 if d == dim else n for d, n in enumerate(array.shape))

@@ -9,12 +9,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int8, UInt8
 
-from jaxeff.program import Conv, Dot, Leaf
+from jaxeff.program import Conv, Dot, Leaf, take_places
 from jaxeff.tree import pytree, static
 
 from . import blocks, products
@@ -109,7 +108,7 @@ class QArray(Leaf):
 
     def take(self, gather: Callable[[Array], Array], dim: int) -> Array:
         """Rows, looked up as integers and only then multiplied by their scales."""
-        at, packed = _places(gather, self.shape, dim), self.packed
+        at, packed = take_places(gather, self.shape, dim), self.packed
         values, scale = self.values, self.scale
         if packed is not None and packed + self.ndim == dim:
             values, packed = self.integers(), None
@@ -191,21 +190,6 @@ class QArray(Leaf):
 def _multiplies(x: Array) -> bool:
     # Every 8-bit integer is exact in a floating-point type of 16 bits or more.
     return jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits >= 16
-
-
-def _places(
-    gather: Callable[[Array], Array], shape: Sequence[int], dim: int
-) -> dict[int, int]:
-    """Where `gather`, along `dim`, puts each other dim of an array of that shape."""
-    others = [d for d in range(len(shape)) if d != dim]
-
-    def result(n: int) -> tuple[int, ...]:
-        sizes = [shape[d] if d == dim else n for d in range(len(shape))]
-        return jax.eval_shape(gather, jax.ShapeDtypeStruct(sizes, jnp.float32)).shape
-
-    pairs = enumerate(zip(result(1), result(2), strict=True))
-    vary = [i for i, (n, m) in pairs if n != m]
-    return dict(zip(others, vary, strict=True))
 
 
 def quantize_array(
