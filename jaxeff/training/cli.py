@@ -48,6 +48,10 @@ def main(
     """
     try:
         run(parse(config, description=description, args=args))
+    except BrokenPipeError:
+        # Whoever read the output has left, as `head` does; there is no one to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (ValueError, OSError) as error:
         if os.environ.get("JAXEFF_TRACEBACK"):
             raise

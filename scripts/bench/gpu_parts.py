@@ -29,7 +29,7 @@ from jaxeff.models import Llama, LlamaConfig
 from jaxeff.program import dense, trace
 from jaxeff.pruning import shrink
 from jaxeff.quantization import quantize, w8a8
-from jaxeff.training import init_state, make_train_step
+from jaxeff.training import forms, init_state, make_train_step
 from jaxeff.training.language import language_loss
 from jaxeff.tree import path_name, paths, tree_bytes
 
@@ -66,7 +66,8 @@ def measure_training(
     shape = (batch_size, sequence + 1)
     tokens = jr.randint(jr.key(1), shape, 0, config.vocab_size)
     tx = optax.adamw(3e-4)
-    step = make_train_step(language_loss(lambda p, x: (model.apply(p, x), {})), tx)
+    _, train_fn = forms(model, {})
+    step: Any = make_train_step(language_loss(train_fn), tx)
     # In one program, or weights and moments would exist twice.
     start = lambda key: init_state(model.init(key, tokens[:1, :-1]), tx, key)
     state = jax.jit(start)(jr.key(0))
@@ -127,7 +128,7 @@ def utilisation(
     try:
         at_most = chip(jax.devices()[0].device_kind) if peak is None else peak
     except ValueError as error:
-        print(f"training: no MFU: {error} Here: --peak-tflops.")
+        print(f"training: no MFU: {error} Here with --peak.")
         return []
     multiply = sum(x.size for p, x in paths(params).items() if p.endswith("/kernel"))
     found = []
@@ -218,9 +219,8 @@ def make_product(
     rows, columns = np.asarray(a[:8]).astype(exact), np.asarray(b[:, :64]).astype(exact)
     want = rows @ columns
     error = relative(np.asarray(compiled(a, b)[:8, :64]).astype(np.float64), want)
-    ran_as = re.findall(
-        r'custom_call_target="([^"]+)"|"kind":"(__[^"]+)"', compiled.as_text()
-    )
+    text = compiled.as_text() or ""
+    ran_as = re.findall(r'custom_call_target="([^"]+)"|"kind":"(__[^"]+)"', text)
     return run, {
         "error": error,
         "tolerance": tolerance,
@@ -270,7 +270,7 @@ def measure_forward(
     found: dict[str, Any] = {}
     for name, shape in workloads.items():
         tokens = jr.randint(jr.key(2), shape, 0, config.vocab_size)
-        rows = {}
+        rows: dict[str, dict[str, Any]] = {}
         thunks = {}
         for kind, (fn, weights) in models.items():
             run = jax.jit(fn)

@@ -92,7 +92,9 @@ def measure(case: Case, repeats: int, max_seconds: float) -> dict[str, Any]:
     x = {n: example(case, n) for n in (1, case.many)}
     params = jax.jit(model.init)(jr.key(0), x[1])
     timing = {"repeats": repeats, "max_seconds": max_seconds}
-    without = without_leaves(model.apply, params, x[case.many], **timing)
+    # Programs that are the same differ by less than noise: that takes many turns.
+    many_turns = {**timing, "repeats": 5 * repeats}
+    without = without_leaves(model.apply, params, x[case.many], **many_turns)
     print(
         f"{case.model:9} lift without leaves: "
         f"{'the same program' if without['same_program'] else 'ANOTHER PROGRAM'}, "

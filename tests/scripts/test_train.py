@@ -152,7 +152,7 @@ def test_the_program_shows_its_options_and_refuses_unknown_ones(tmp_path):
     out, _ = finish(helped)
     for name in ("--model", "--data-dir", "--batch-size", "(default: 128)"):
         assert name in out
-    assert "python scripts/train.py --model cnn" in out
+    assert "python scripts/train.py --data digits --model cnn" in out
     out, err = finish(wrong, 2)
     assert not out and err.startswith("error: there is no option --optimiser")
     assert err.count("\n") == 1

@@ -101,6 +101,16 @@ def test_a_bug_keeps_its_traceback(capsys, monkeypatch):
         main(bad, Config, args=[])
 
 
+def test_a_reader_that_leaves_early_is_no_error():
+    code = "from tests.training.test_cli import *; main(print, Config)"
+    command = f"{sys.executable} -c '{code}' --help | head -1; echo ${{PIPESTATUS[0]}}"
+    env = {**os.environ, "PYTHONPATH": ".", "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(
+        ["bash", "-c", command], env=env, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] in ("0", "1") and not done.stderr
+
+
 def test_ctrl_c_ends_with_the_status_a_shell_expects(capsys):
     def run(config):
         raise KeyboardInterrupt
