@@ -119,7 +119,8 @@ def test_it_imports_only_what_a_gpu_host_has_and_takes_no_device():
     code = (
         "import sys, json, jax, scripts.bench.gpu;"
         "print(json.dumps([m.split('.')[0] for m in sys.modules]));"
-        "jax.config.update('jax_num_cpu_devices', 3)"  # fails once a device was asked for
+        # This fails once a device was asked for.
+        "jax.config.update('jax_num_cpu_devices', 3)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
