@@ -16,6 +16,7 @@ help: ## this list
 install: $(VENV)/.dev ## the library and all that tests and checks need
 
 demo: $(VENV)/.base ## train a model on handwritten digits, compress it, show what it costs
+	rm -rf runs/demo
 	$(bin)/python scripts/compress.py --output runs/demo
 
 test: $(VENV)/.dev ## every test

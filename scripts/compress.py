@@ -13,7 +13,6 @@ continues a run that was stopped.
 import dataclasses
 import functools
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,11 +41,12 @@ from jaxeff.training import (
     fit,
     forms,
     init_state,
+    load_meta,
     load_model,
     make_train_step,
     save_model,
 )
-from jaxeff.training.cli import main
+from jaxeff.training.cli import join_processes, main
 from jaxeff.training.report import plot_svg, write_report
 from jaxeff.training.results import about, write_json
 
@@ -141,6 +141,11 @@ class Run:
             file = None
         trained = None
         if file is not None:
+            if config.model is not None:
+                raise ValueError(
+                    f"a .safetensors file is a ResNet-20, but --model is "
+                    f"{config.model}. Leave --model out."
+                )
             if config.data != "cifar10":
                 raise ValueError(
                     f"a .safetensors file is a ResNet-20 for cifar10, but --data is "
@@ -148,7 +153,11 @@ class Run:
                 )
             trained = models.load_resnet20(file)
         norm = {} if file is None else RESNET20_INPUT
+        if config.load is not None and file is None:
+            # A model is asked what it was trained on, and how that was normalised.
+            norm = load_meta(config.load).get("user", {}).get("input", {})
         self.train, self.test = data.load(config.data, config.data_dir, **norm)
+        self.input = {"mean": self.train.mean, "std": self.train.std}
         self.example = jnp.asarray(self.train.images[:1])
         self.mesh = parallelism.make_mesh()
         self.sharding = parallelism.batch_sharding(self.mesh, self.plan.batch_size)
@@ -176,7 +185,7 @@ class Run:
         shape, classes = self.example.shape[1:], len(self.train.classes)
         try:
             logits = jax.eval_shape(v.fn, v.params, self.example).shape
-        except FlaxError:
+        except (FlaxError, TypeError):
             logits = None
         if logits != (1, classes):
             raise ValueError(
@@ -263,7 +272,11 @@ class Run:
             self.console.print(f"[bold]{name}[/bold]: from {folder}")
             return Version(name, fn, params, meta["train_seconds"])
         made = make()
-        meta = {"name": name, "train_seconds": made.train_seconds}
+        meta = {
+            "name": name,
+            "train_seconds": made.train_seconds,
+            "input": self.input,
+        }
         save_model(folder, made.fn, made.params, meta)
         return made
 
@@ -427,13 +440,10 @@ def _json(value: Any) -> str:
 
 
 def prepare(config: Config) -> None:
-    """Makes the folder of the run, empty unless the run is resumed."""
-    if config.resume:
-        return
-    if config.output.exists():
-        shutil.rmtree(config.output)
-    config.output.mkdir(parents=True)
-    (config.output / "options.json").write_text(_json(_identity(config)))
+    """Makes the folder of the run, unless the run is resumed."""
+    if not config.resume:
+        config.output.mkdir(parents=True, exist_ok=True)
+        (config.output / "options.json").write_text(_json(_identity(config)))
 
 
 def _check_folder(config: Config) -> None:
@@ -448,10 +458,12 @@ def _check_folder(config: Config) -> None:
             f"--resume continues a run with the same options, but {marker} has others. "
             "Repeat those, or choose another --output."
         )
-    if config.output.exists() and not marker.exists() and any(config.output.iterdir()):
+    if config.resume or not config.output.exists():
+        return
+    if not config.output.is_dir() or any(config.output.iterdir()):
         raise ValueError(
-            f"{config.output} is not empty and holds no run of this script. Choose "
-            "another --output."
+            f"a run starts in an empty folder, but {config.output} is not. Choose "
+            "another --output, or go on with the run in it with --resume."
         )
 
 
@@ -463,12 +475,28 @@ def _identity(config: Config) -> dict[str, Any]:
 
 def check(config: Config) -> None:
     """Refuses what can be seen to be wrong before anything is read."""
-    if not 0 < config.keep <= 1:
-        raise ValueError(f"--keep is a fraction in (0, 1], got {config.keep}.")
-    if not 0 < config.retained_energy <= 1:
+    if join_processes():
         raise ValueError(
-            f"--retained-energy is a fraction in (0, 1], got {config.retained_energy}."
+            "this measures one machine, so it runs as one process, on all its "
+            "devices. Train on several machines with scripts/train.py, then --load."
         )
+    for name, below_one in (("keep", False), ("retained_energy", True)):
+        value = getattr(config, name)
+        if not 0 < value <= 1 or (below_one and value == 1):
+            end = ")" if below_one else "]"
+            raise ValueError(
+                f"--{name.replace('_', '-')} is a fraction in (0, 1{end}, got {value}. "
+                "0.5 is half."
+            )
+    counts = ("epochs", "finetune_epochs", "batch_size", "latency_batch")
+    amounts = ("learning_rate", "finetune_learning_rate", "temperature")
+    for name in (*counts, *amounts, "usd_per_hour"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is above 0, got {value}. Leave it out for "
+                "what suits the data."
+            )
     if config.load is not None and not config.load.exists():
         raise ValueError(f"--load {config.load}: there is no such file or folder.")
     cost.intensity(config.place)

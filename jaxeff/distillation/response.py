@@ -64,7 +64,7 @@ def distill_loss(
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2.
     """
     if temperature <= 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}.")
+        raise ValueError(f"temperature must be > 0, got {temperature}: 1 is plain.")
     wide = jnp.promote_types(jnp.float32, jnp.result_type(student, teacher))
     soften = lambda x: jax.nn.log_softmax(x.astype(wide) / temperature)
     log_p, log_q = soften(jax.lax.stop_gradient(teacher)), soften(student)

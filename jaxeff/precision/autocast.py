@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
-from jaxeff.program.call import Call
+from jaxeff.program import Call, Rewritten
 
 from .recast import Recast
 
@@ -25,10 +25,9 @@ LOW = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
-class Autocast:
+class Autocast(Rewritten):
     """A function in mixed precision; see `autocast`."""
 
-    fn: Callable
     dtype: Any
     outputs: Any = None
 

@@ -1,6 +1,6 @@
 """The traced function: what every technique looks at and rewrites."""
 
-from .call import Call as Call
+from .call import Call as Call, Rewritten as Rewritten
 from .costs import Cost as Cost, Costs as Costs
 from .couplings import Coupling as Coupling, Couplings as Couplings
 from .functional import functional as functional

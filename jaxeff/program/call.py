@@ -1,5 +1,6 @@
 """A function traced on given operands, ready to be run again by an interpreter."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,26 @@ from jaxeff import tree
 
 from .interpret import Interpreter
 from .leaf import is_leaf, shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewritten:
+    """A function that runs another one in its own way; the base of all rewrites.
+
+    Attributes:
+        fn: the other one.
+    """
+
+    fn: Callable
+
+    def around(self, fn: Callable) -> Callable:
+        """The same rewrite of another function."""
+        return dataclasses.replace(self, fn=fn)
+
+
+def inner(fn: Callable) -> Callable | None:
+    """What a rewritten or a jitted function was made of; None for any other."""
+    return fn.fn if isinstance(fn, Rewritten) else getattr(fn, "__wrapped__", None)
 
 
 class Call:

@@ -1,8 +1,8 @@
 """Couplings: the dims of weights that must change together.
 
 Remove channel 3 of a kernel, and its bias, the batch norm after it and the next
-kernel's input lose channel 3 as well: one coupling. It can be removed from
-(`resize`), sharded, or have scale moved along it. What cannot is frozen, with
+kernel's input lose channel 3 as well: one coupling. `resize`
+runs a function with indices removed from it. What cannot lose any is frozen, with
 the reason and the source line.
 """
 
@@ -16,6 +16,7 @@ from jax.extend.core import ClosedJaxpr
 from jaxtyping import Bool
 
 from .dims import atoms, Dim, find, fix, index_sum, kept
+from .interpret import needed
 from .rules import Dims
 from .solve import Solver
 from .zeros import NOTHING, Zeros
@@ -77,10 +78,6 @@ class Couplings(Sequence[Coupling]):
         d = find(d)
         return "1" if d.size == 1 else f"{d.size} {spell(d)}"
 
-    def of(self, path: str) -> list[Coupling]:
-        """The couplings that a weight is a member of."""
-        return [c for c in self.all if any(p == path for p, _ in c.members)]
-
     def masks(
         self, path: str, keep: Mapping[str, Bool[np.ndarray, " _"]]
     ) -> list[Bool[np.ndarray, " _"]]:
@@ -132,10 +129,14 @@ def find_couplings(jaxpr: ClosedJaxpr, weights: Sequence[str | None]) -> Couplin
     """
     solver = Solver()
     ins: list[Dims] = []
-    for path, v in zip(weights, jaxpr.jaxpr.invars, strict=True):
+    used = needed(jaxpr)[1]
+    for path, v, live in zip(weights, jaxpr.jaxpr.invars, used, strict=True):
         dims = tuple(Dim(n) for n in v.aval.shape)
         if path is None:
             dims = tuple(fix(d, lambda: "it is a dim of the inputs") for d in dims)
+        elif not live:
+            # Another function of the same weights may use it, in any way.
+            dims = tuple(fix(d, lambda: "this function does not use it") for d in dims)
         ins.append(dims)
     outs = solver.solve(jaxpr, ins)
     for dims in outs:

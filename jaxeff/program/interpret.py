@@ -51,12 +51,10 @@ def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
 CALLS = {
     "jit": "jaxpr",
     "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
 
 
@@ -101,7 +99,7 @@ def equations(
     output depends on is left out, as the compiler does. `used` says which
     outputs are needed; by default all.
     """
-    for i, outs in _needed(jaxpr, used)[0]:
+    for i, outs in needed(jaxpr, used)[0]:
         eqn, here = jaxpr.jaxpr.eqns[i], (*where, i)
         yield here, eqn, times
         for body in bodies(eqn, here):
@@ -119,8 +117,8 @@ def _asked(body: Body, outs: list[bool]) -> list[bool] | None:
     return outs if body.kind in ("call", "cond") else None
 
 
-def _needed(
-    jaxpr: ClosedJaxpr, used: Sequence[bool] | None
+def needed(
+    jaxpr: ClosedJaxpr, used: Sequence[bool] | None = None
 ) -> tuple[list[tuple[int, list[bool]]], list[bool]]:
     """The equations that outputs depend on, and which inputs those depend on.
 
@@ -139,7 +137,7 @@ def _needed(
         read = eqn.invars
         inner = bodies(eqn)
         if inner and inner[0].kind == "call":
-            ins = _needed(inner[0].jaxpr, outs)[1]
+            ins = needed(inner[0].jaxpr, outs)[1]
             read = [v for v, needed in zip(read, ins, strict=True) if needed]
         live.update(v for v in read if isinstance(v, Var))
     return found[::-1], [v in live for v in jaxpr.jaxpr.invars]
@@ -519,12 +517,10 @@ def _last_uses(jaxpr: Jaxpr) -> list[list[Var]]:
 _REBUILD = {
     "jit": Interpreter.inline,
     "closed_call": Interpreter.inline,
-    "core_call": Interpreter.inline,
     "remat2": Interpreter._remat,
     "checkpoint": Interpreter._remat,
     "custom_jvp_call": Interpreter._custom_jvp,
     "custom_vjp_call": Interpreter._custom_vjp,
-    "custom_vjp_call_jaxpr": Interpreter._custom_vjp,
     "scan": Interpreter._scan,
     "while": Interpreter._while,
     "cond": Interpreter._cond,

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from .call import Call
+from .call import Call, Rewritten
 from .interpret import bind, Interpreter, rebuilt, Where
 from .leaf import Conv, dense, dot_of, is_leaf, lookup_dim
 from .sites import follow, weight_origins
@@ -22,10 +22,8 @@ from .source import source_line
 
 
 @dataclasses.dataclass(frozen=True)
-class Lifted:
+class Lifted(Rewritten):
     """A function that accepts compressed weights; see `lift`."""
-
-    fn: Callable
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         """`fn` on the weights the leaves stand for."""
@@ -177,6 +175,14 @@ def _identity(eqn: JaxprEqn, args: list[Any]) -> Any:
     return args[0]
 
 
+def _barrier(eqn: JaxprEqn, args: list[Any]) -> Any:
+    return args[0] if len(args) == 1 else NotImplemented
+
+
+def _stop_gradient(eqn: JaxprEqn, args: list[Any]) -> Any:
+    return jax.tree.map(jax.lax.stop_gradient, args[0])
+
+
 def _dot(eqn: JaxprEqn, args: list[Any]) -> Any:
     if is_leaf(args[1]):
         return args[1].dot(dense(args[0]), dot_of(eqn, 1))
@@ -208,7 +214,15 @@ def _gather(eqn: JaxprEqn, args: list[Any]) -> Any:
 
 
 # These only change how a leaf is seen, by methods that arrays and leaves share.
-_VIEWS = (_convert, _transpose, _reshape, _broadcast, _identity)
+_VIEWS = (
+    _convert,
+    _transpose,
+    _reshape,
+    _broadcast,
+    _identity,
+    _barrier,
+    _stop_gradient,
+)
 
 _RULES: dict[str, Callable[[JaxprEqn, list[Any]], Any]] = {
     "convert_element_type": _convert,
@@ -218,8 +232,8 @@ _RULES: dict[str, Callable[[JaxprEqn, list[Any]], Any]] = {
     "broadcast_in_dim": _broadcast,
     "copy": _identity,
     "copy_p": _identity,
-    "stop_gradient": _identity,
-    "optimization_barrier": _identity,
+    "stop_gradient": _stop_gradient,
+    "optimization_barrier": _barrier,
     "dot_general": _dot,
     "conv_general_dilated": _conv,
     "gather": _gather,

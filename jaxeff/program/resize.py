@@ -12,6 +12,7 @@ a few numbers, and with it a checkpoint of small arrays is a model.
 """
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,12 +24,11 @@ from jaxtyping import Bool, PyTree
 
 from jaxeff import tree
 
-from .call import Call
+from .call import Call, inner, Rewritten
 from .couplings import Couplings
 from .dims import Conflict, cut, Dim, expression, find, fix, from_expression, new_size
 from .interpret import Interpreter, is_inexact, Where
 from .leaf import is_leaf, keep as keep_along
-from .lift import lift, Lifted
 from .rules import conv_groups, cut_out, Dims
 from .solve import Solver
 
@@ -84,8 +84,10 @@ def make_plan(couplings: Couplings, keep: Mapping[str, Bool[np.ndarray, " _"]]) 
     sizes = {}
     for name, mask in keep.items():
         if name not in by_name:
+            near = difflib.get_close_matches(name, by_name, n=5, cutoff=0.0)
             raise ValueError(
-                f"there is no coupling {name!r}: choose among {', '.join(by_name)}."
+                f"there is no coupling {name!r} among {len(by_name)}. Nearest: "
+                f"{', '.join(near)}."
             )
         c = by_name[name]
         if c.frozen:
@@ -132,10 +134,9 @@ def keep_indices(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by `jit`, so by identity
-class Resized:
+class Resized(Rewritten):
     """A function that runs with the smaller weights of a plan; see `resize`."""
 
-    fn: Callable
     plan: Plan
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -200,13 +201,15 @@ def like(fn: Callable, other: Callable) -> Callable:
 
     `other` is written for the original model; where `fn` is a shrunk or lifted
     version of another of its functions, the result is that version of `other`:
-    the training function of a model whose evaluation was compressed.
+    the training function of a model whose evaluation was compressed. Whether
+    removing is exact was found for `fn`: where `other` looks at a dim in a way that
+    `fn` does not (a maximum, a position along it), it sees the smaller one.
     """
-    if isinstance(fn, Lifted):
-        return lift(like(fn.fn, other))
-    if isinstance(fn, Resized):
-        return resize(like(fn.fn, other), fn.plan)
-    return other
+    made_of = inner(fn)
+    if made_of is None:
+        return other
+    other = like(made_of, other)
+    return fn.around(other) if isinstance(fn, Rewritten) else other
 
 
 class _Resize(Interpreter):
@@ -294,12 +297,12 @@ def _split(eqn, ins, outs, out) -> dict:
 
 def _pad(eqn, ins, outs, out) -> dict:
     config = list(eqn.params["padding_config"])
-    for d, (low, high, inner) in enumerate(config):
+    for d, (low, high, between) in enumerate(config):
         x = find(outs[0][d])
-        if (low, high, inner) != (0, 0, 0) and new_size(x) != x.size:
+        if (low, high, between) != (0, 0, 0) and new_size(x) != x.size:
             first, last = cut(x, int(low)), cut(x, x.size - int(high))
             assert first is not None and last is not None, "padding is a concatenation"
-            config[d] = (new_size(first[0]), new_size(last[1]), inner)
+            config[d] = (new_size(first[0]), new_size(last[1]), between)
     return {"padding_config": tuple(config)}
 
 

@@ -16,8 +16,9 @@ from jaxtyping import PyTree
 
 from jaxeff import tree
 
+from .call import inner
 from .leaf import is_leaf, Leaf
-from .lift import lift, unlift
+from .lift import lift
 from .resize import Plan, resize, Resized
 
 
@@ -28,10 +29,11 @@ def describe(fn: Callable, params: PyTree) -> dict[str, Any]:
         ValueError: a field of a leaf is neither an array, a leaf, nor plain data.
     """
     leaves = tree.paths(params, is_leaf)
-    plans, inner = [], unlift(fn)
-    while isinstance(inner, Resized):
-        plans.append(inner.plan.to_json())
-        inner = inner.fn
+    plans, part = [], fn
+    while part is not None:
+        if isinstance(part, Resized):
+            plans.append(part.plan.to_json())
+        part = inner(part)
     return {
         "plans": plans[::-1],  # the first to be applied first
         "weights": {path: _leaf(x) for path, x in leaves.items() if is_leaf(x)},

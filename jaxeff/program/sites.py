@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from .flops import equation_flops
-from .interpret import bodies, Body, product, scan_counts, Where
+from .interpret import bodies, Body, equations, product, scan_counts, Where
 from .leaf import Conv, dot_of, lookup_dim
 from .source import inside, source_line
 
@@ -142,7 +142,6 @@ _VIEWS: dict[str, Callable[[JaxprEqn, Origin], Origin | None]] = {
     "copy": _same,
     "copy_p": _same,
     "stop_gradient": _same,
-    "optimization_barrier": _same,
     "reduce_precision": _same,
     "rev": _same,
     "slice": _same,
@@ -193,7 +192,11 @@ def find_sites(jaxpr: ClosedJaxpr, weights: Sequence[Any]) -> list[Site]:
         if path is not None
     }
 
+    alive = {where for where, _, _ in equations(jaxpr)}
+
     def visit(where, eqn, origins, times):
+        if where not in alive:
+            return  # nothing depends on it
         for operand, origin in enumerate(origins):
             if origin is not None:
                 site = _site(eqn, operand, origin, len(shapes[origin.path]))

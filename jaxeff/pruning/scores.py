@@ -29,7 +29,9 @@ def magnitude(order: int = 2) -> Score:
         ValueError: `order` is below 1.
     """
     if order < 1:
-        raise ValueError(f"the order of a norm is at least 1, got {order}.")
+        raise ValueError(
+            f"the order of a norm is at least 1, got {order}: take 1 or 2."
+        )
 
     def score(program: Program, weights: Mapping[str, Array]) -> dict[str, np.ndarray]:
         used = dict.fromkeys(site.path for site in program.sites)

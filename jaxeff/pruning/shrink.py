@@ -60,6 +60,11 @@ def shrink(
         ValueError: `keep` is outside (0, 1], a pattern matches no weight or
             chooses nothing, or nothing in this function can be removed.
     """
+    if any(isinstance(w, jax.ShapeDtypeStruct) for w in jax.tree.leaves(params)):
+        raise ValueError(
+            "which indices stay depends on the values of the weights, but only shapes "
+            "are given. Pass arrays; `trace` looks at shapes."
+        )
     program = trace(unlift(fn), shapes(params), *args)
     chosen = _fractions(program, keep)
     masks = choose(program, dense(params), chosen, score or magnitude(2))
@@ -103,7 +108,8 @@ def _fractions(
     for fraction in rules.values():
         if not 0 < fraction <= 1:
             raise ValueError(
-                f"keep is the fraction that stays, in (0, 1], got {fraction}."
+                f"keep is the fraction that stays, in (0, 1], got {fraction}: 0.5 "
+                "keeps half."
             )
     couplings, paths = program.couplings, list(program.shapes)
     multiplying = {site.path for site in program.sites}

@@ -18,7 +18,6 @@ from .metrics import Metrics as Metrics, read_metrics as read_metrics
 from .progress import Progress as Progress
 from .saved_models import load_model as load_model, save_model as save_model
 from .step import (
-    all_finite as all_finite,
     Aux as Aux,
     init_state as init_state,
     make_train_step as make_train_step,

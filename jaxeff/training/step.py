@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
+from jaxeff.precision import all_finite
 from jaxeff.tree import combine, partition, Patterns, pytree
 
 
@@ -142,12 +143,6 @@ def make_train_step(
         return new, metrics
 
     return jax.jit(step, donate_argnums=0)
-
-
-def all_finite(tree: PyTree) -> Bool[Array, ""]:
-    """Whether no floating-point array of the tree holds an inf or a nan."""
-    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]).all()
 
 
 def _checked(result: Any) -> tuple[Float[Array, ""], Aux]:

@@ -98,7 +98,12 @@ def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, capsys):
     [
         (("--keep", "0"), "(0, 1]"),
         (("--keep", "1.5"), "(0, 1]"),
-        (("--retained-energy", "2"), "(0, 1]"),
+        (("--retained-energy", "1"), "(0, 1)"),
+        (("--temperature", "0"), "--temperature"),
+        (("--usd-per-hour", "-1"), "--usd-per-hour"),
+        (("--latency-batch", "0"), "--latency-batch"),
+        (("--epochs", "-5"), "--epochs"),
+        (("--load", "pyproject.toml", "--data", "digits"), "checkpoint"),
         (("--data", "cifar10"), "name the folder"),
         (("--data", "cifar10", "--data-dir", "nowhere"), "nowhere"),
         (("--load", "missing.safetensors"), "there is no such file"),
@@ -117,7 +122,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(args, says, tmp_path, capsys):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert "not empty" in error_of(capsys, "--output", tmp_path)
+    assert "empty folder" in error_of(capsys, "--output", tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
@@ -134,3 +139,18 @@ def test_a_damaged_model_file_is_refused(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path, capsys):
     args = ("--output", tmp_path / "out", *TINY, "--learning-rate", "1e30")
     assert "at step" in error_of(capsys, *args)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_overwritten(finished, capsys):
+    before = (finished / "results.json").read_bytes()
+    assert "--resume" in error_of(capsys, "--output", finished, *TINY)
+    assert (finished / "results.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_the_dense_model_of_another(finished, tmp_path):
+    out = tmp_path / "run"
+    compress("--output", out, *TINY, "--load", finished / "models" / "dense")
+    first = lambda folder: json.loads((folder / "results.json").read_text())["rows"][0]
+    assert first(out)["accuracy"] == first(finished)["accuracy"]
