@@ -8,6 +8,12 @@ same model is timed dense, with int8 weights alone, with int8 weights and activa
 (w8a8) and with int4 weights, on one example and on many, and each is compared with
 the dense model on the weights it stands for. Exits 1 where the programs differ, or a
 compressed model computes something else.
+
+On two CPU cores, in five minutes: without compressed weights 0.997 to 1.008 of the time
+of the plain function; with them w8a8 took 0.60 to 0.85 of the dense time for the
+transformers and the MLP on a batch, but 3 to 4 times as long for ResNet-20, whose
+integer convolutions the CPU lacks; int8 and int4 weights alone saved bytes, not time
+(1.0 to 2.9 of the dense time).
 """
 
 import dataclasses
