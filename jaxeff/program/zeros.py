@@ -12,6 +12,7 @@ it. A dim that is summed where the zero was lost is fixed, with that reason.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 from jax.lax import GatherScatterMode
@@ -164,10 +165,10 @@ def _both(*zeros: Zero) -> Zero:
 
 
 def _literal(v: Literal) -> Zero:
-    value = np.asarray(v.val) if not hasattr(v.val, "aval") else None
-    if value is None or value.size != 1 or value.dtype.kind not in "biuf":
+    real = (jnp.floating, jnp.integer, jnp.bool_)
+    if v.aval.size != 1 or not any(jnp.issubdtype(v.aval.dtype, t) for t in real):
         return NOTHING
-    return Zero(constant=float(value.reshape(())))
+    return Zero(constant=float(np.asarray(v.val).reshape(())))
 
 
 def _fold(name: str, eqn: JaxprEqn, values: list[Any]) -> float | None:
