@@ -68,7 +68,7 @@ def observe(
         call = Call(unlift(fn), params, args, kwargs)
         sites = find_sites(call.jaxpr, call.weights)
         paths = list(dict.fromkeys(s.path for s in sites))
-        chosen = set(tree.match(weights, paths, what="weight with a site"))
+        chosen = set(tree.match(weights, paths, what="observable weight"))
         observed = {s.name: s for s in sites if s.path in chosen}
         rule = _Observe(list(observed.values()), statistic)
         outs, values = rule.collect(call.jaxpr, call.inputs)
