@@ -22,7 +22,7 @@ class Rewritten:
 
     fn: Callable
 
-    def around(self, fn: Callable) -> Callable:
+    def around(self, fn: Callable) -> Any:
         """The same rewrite of another function."""
         return dataclasses.replace(self, fn=fn)
 

@@ -51,31 +51,41 @@ def rebuild(
         params: the model's own parameters, or their shapes.
 
     Raises:
-        ValueError: a weight that was compressed is not in `params`.
+        ValueError: a weight that was compressed is not in `params`, or has another
+            shape there.
     """
-    shapes = tree.paths(params)
-    plans = [Plan.from_json(p) for p in about["plans"]]
-    small: dict[str, tuple[int, ...]] = {}
-    for plan in plans:
-        small |= {path: plan.shape(path, new=True) for path in plan.dims}
+    arrays = {k: x for k, x in tree.paths(params).items() if tree.is_array(x)}
+    sizes = {path: tuple(x.shape) for path, x in arrays.items()}
+    for plan in map(Plan.from_json, about["plans"]):
+        for path in plan.dims:
+            _check(path, plan.shape(path, new=False), sizes)
+            sizes[path] = plan.shape(path, new=True)
         fn = resize(fn, plan)
-    missing = [p for p in (*small, *about["weights"]) if p not in shapes]
-    if missing:
-        raise ValueError(
-            f"the checkpoint compresses {missing[0]}, which this model does not have "
-            f"({len(missing)} such). Build the model it was made of."
-        )
+    leaves = {path: _rebuilt(leaf) for path, leaf in about["weights"].items()}
+    for path, leaf in leaves.items():
+        _check(path, tuple(leaf.shape), sizes)
 
     def shape(keypath, x):
         path = tree.path_name(keypath)
-        if path in about["weights"]:
-            return _rebuilt(about["weights"][path])
-        if path in small:
-            return jax.ShapeDtypeStruct(small[path], x.dtype)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype) if tree.is_array(x) else x
+        if path in leaves:
+            return leaves[path]
+        return jax.ShapeDtypeStruct(sizes[path], x.dtype) if path in sizes else x
 
     params = jax.tree_util.tree_map_with_path(shape, params)
     return (lift(fn) if about["weights"] else fn), params
+
+
+def _check(path: str, was: tuple[int, ...], sizes: Mapping[str, tuple]) -> None:
+    if path not in sizes:
+        raise ValueError(
+            f"the checkpoint compresses {path}, which this model does not have. Build "
+            "the model it was made of."
+        )
+    if sizes[path] != was:
+        raise ValueError(
+            f"{path} was compressed from shape {was}, but has shape {sizes[path]} in "
+            "this model. Build the model the checkpoint was made of."
+        )
 
 
 def _leaf(x: Any) -> dict[str, Any]:

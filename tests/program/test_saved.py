@@ -1,83 +1,183 @@
-"""What a compressed model is, as JSON, makes the same model again."""
+"""A compressed model is plain data, from which its function and shapes are rebuilt."""
 
 import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jaxeff.lowrank import factorize
-from jaxeff.program import describe, is_leaf, lift, rebuild, resize
-from jaxeff.pruning import shrink
-from jaxeff.quantization import int4, int8, quantize
-from tests.zoo import ZOO
-
-CASES = {case.name: case for case in ZOO}
-
-
-def shapes(params):
-    return jax.eval_shape(lambda: params)
+from jaxeff import lift, trace, tree
+from jaxeff.program import describe, is_leaf, Leaf, like, rebuild
+from jaxeff.program.resize import Resized
+from tests.program.built import build, some
+from tests.program.leaves import compress, Scaled
+from tests.program.masked import distance, random_keep, shrunk
 
 
-def same(a, b):
-    """Structures with their static fields, shapes and dtypes."""
-    form = lambda t: jax.tree.map(lambda x: (x.shape, x.dtype), t)
-    return form(a) == form(b) and jax.tree.structure(a) == jax.tree.structure(b)
+def through_json(fn, params):
+    return json.loads(json.dumps(describe(fn, params)))
 
 
-def in_every_way(fn, params, args):
-    fn, params = shrink(fn, params, *args)
-    fn, params = factorize(fn, params, *args, ranks={"**": 1})
-    fn, params = shrink(fn, params, *args, keep=0.75)
-    return quantize(fn, params, *args, formats={"**": int4})
+def same_shapes(a, b):
+    shape = lambda x: (tuple(x.shape), jnp.dtype(x.dtype))
+    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.leaves(
+        jax.tree.map(shape, a)
+    ) == jax.tree.leaves(jax.tree.map(shape, b))
 
 
-@pytest.mark.parametrize(
-    "compress",
-    [
-        lambda fn, params, args: (fn, params),
-        lambda fn, params, args: shrink(fn, params, *args),
-        lambda fn, params, args: quantize(fn, params, *args, formats={"**": int8}),
-        in_every_way,
-    ],
-    ids=["dense", "shrunk", "int8", "in every way"],
-)
-@pytest.mark.parametrize("name", ["linen_mlp", "plain_transformer"])
-def test_rebuilding_gives_the_same_tree_and_function(name, compress, getkey):
-    fn, params, args = CASES[name].build(getkey())
-    small_fn, small = compress(fn, params, args)
-    about = json.loads(json.dumps(describe(small_fn, small)))
-    again, like = rebuild(about, fn, shapes(params))
-    assert same(shapes(small), like)
-    expected, got = small_fn(small, *args), again(small, *args)
-    pairs = zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True)
-    assert all(jnp.array_equal(a, b) for a, b in pairs)
-    assert any(map(is_leaf, jax.tree.leaves(small, is_leaf=is_leaf))) == bool(
-        about["weights"]
+def twice(model, seed):
+    """A model shrunk two times."""
+    rng = np.random.default_rng(seed)
+    couplings = model.program.couplings
+    fn, small = shrunk(
+        model.fn, model.params, couplings, random_keep(couplings, rng, 0.8)
     )
+    again = trace(fn, small, *model.args).couplings
+    return shrunk(fn, small, again, random_keep(again, rng, 0.8))
 
 
-def test_a_model_without_the_compressed_weights_is_refused(getkey):
-    fn, params, args = CASES["linen_mlp"].build(getkey())
-    about = describe(*quantize(fn, params, *args))
-    other, weights, _ = CASES["plain_mlp"].build(getkey())
-    with pytest.raises(ValueError, match="does not have"):
-        rebuild(about, other, shapes(weights))
+ANY = some(
+    "linen_transformer", "linen_llama_scan", "nnx_cnn", "equinox_mlp", "plain_cnn"
+)
 
 
-def test_an_unknown_kind_of_leaf_is_named(getkey):
-    fn, params, args = CASES["linen_mlp"].build(getkey())
-    about = describe(*quantize(fn, params, *args))
-    for weight in about["weights"].values():
-        weight["leaf"] = "Origami"
-    with pytest.raises(ValueError, match="Origami"):
-        rebuild(about, fn, shapes(params))
+@ANY
+def test_what_was_shrunk_twice_is_rebuilt_from_json(case):
+    model = build(case)
+    fn, small = twice(model, 0)
+    about = through_json(fn, small)
+    again, shapes = rebuild(about, model.fn, jax.eval_shape(lambda: model.params))
+    assert same_shapes(shapes, small)
+    args = model.args
+    assert np.array_equal(jax.jit(again)(small, *args), jax.jit(fn)(small, *args))
+    assert through_json(again, small) == about
 
 
-def test_an_empty_plan_and_a_second_lift_change_nothing(getkey):
-    fn, params, args = CASES["linen_mlp"].build(getkey())
-    small_fn, small = shrink(fn, params, *args, keep=1.0)
-    assert small_fn is fn
-    assert lift(lift(fn)) is not fn and lift(lift(fn)) == lift(fn)
-    plan_fn, _ = shrink(fn, params, *args)
-    assert resize(fn, plan_fn.plan).plan == plan_fn.plan
+@some("linen_transformer", "plain_cnn")
+def test_what_was_shrunk_and_compressed_is_rebuilt_with_its_leaves(case):
+    model = build(case)
+    fn, small = twice(model, 1)
+    leaves, fn = compress(small), lift(fn)
+    again, shapes = rebuild(through_json(fn, leaves), model.fn, model.params)
+    assert same_shapes(shapes, leaves)
+    assert sum(map(is_leaf, jax.tree.leaves(shapes, is_leaf=is_leaf))) > 2
+    # Arrays read back from anywhere fill the shapes.
+    arrays = [np.asarray(x) for x in jax.tree.leaves(leaves)]
+    filled = jax.tree.unflatten(jax.tree.structure(shapes), arrays)
+    got = jax.jit(again)(filled, *model.args)
+    assert distance(got, jax.jit(fn)(leaves, *model.args)) == 0
+
+
+def test_another_function_of_the_model_is_rebuilt_as_well():
+    def evaluate(p, x):
+        return jnp.tanh(x @ p["a"]) @ p["b"]
+
+    def train(p, x):
+        return jnp.sum(evaluate(p, x) ** 2)
+
+    params, x = {"a": jnp.ones((3, 8)), "b": jnp.ones((8, 2))}, jnp.ones((4, 3))
+    couplings = trace(evaluate, params, x).couplings
+    fn, small = shrunk(
+        evaluate, params, couplings, random_keep(couplings, np.random.default_rng(0))
+    )
+    again, _ = rebuild(through_json(fn, small), train, params)
+    assert distance(again(small, x), like(fn, train)(small, x)) == 0
+
+
+def test_a_model_that_is_not_compressed_is_itself():
+    fn = lambda p, x: x @ p["a"]
+    params = {"a": jnp.ones((3, 8))}
+    about = through_json(fn, params)
+    assert about == {"plans": [], "weights": {}}
+    again, shapes = rebuild(about, fn, params)
+    assert again is fn and same_shapes(shapes, params)
+
+
+def test_plans_are_seen_through_jit_and_lift():
+    fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
+    params, x = {"a": jnp.ones((3, 8)), "b": jnp.ones((8, 2))}, jnp.ones((4, 3))
+    couplings = trace(fn, params, x).couplings
+    small_fn, small = shrunk(
+        fn, params, couplings, random_keep(couplings, np.random.default_rng(0))
+    )
+    assert isinstance(small_fn, Resized)
+    for wrapped in (lift(small_fn), jax.jit(small_fn), lift(jax.jit(small_fn))):
+        assert describe(wrapped, small) == describe(small_fn, small)
+
+
+@tree.pytree
+class Rich(Leaf):
+    """A leaf with a field of every kind that can be described."""
+
+    inner: Scaled
+    parts: tuple[jax.Array, ...]
+    nothing: None
+    name: str = tree.static()
+    sizes: tuple[int, ...] = tree.static()
+    ratio: float = tree.static()
+    flag: bool = tree.static()
+
+    @property
+    def shape(self):
+        return self.inner.shape
+
+    @property
+    def dtype(self):
+        return self.inner.dtype
+
+    def dense(self):
+        return self.inner + self.parts[0]  # a leaf in a leaf arrives dense
+
+
+def test_every_field_of_a_leaf_survives():
+    leaf = Rich(
+        Scaled(jnp.ones((2, 3)), 0.25),
+        (jnp.ones((2, 3)), jnp.arange(3, dtype=jnp.int8), jnp.ones(2, jnp.bfloat16)),
+        None,
+        "a name",
+        (4, 5),
+        0.5,
+        True,
+    )
+    fn = lift(lambda p, x: x @ p["w"])
+    again, shapes = rebuild(
+        through_json(fn, {"w": leaf}), fn.fn, {"w": jnp.ones((2, 3))}
+    )
+    assert same_shapes(shapes, {"w": leaf})
+    got = shapes["w"]
+    assert (got.name, got.sizes, got.ratio, got.flag) == ("a name", (4, 5), 0.5, True)
+    assert got.inner.factor == 0.25 and got.nothing is None
+    x = jnp.ones((4, 2))
+    want = x @ (leaf.inner.dense() + leaf.parts[0])
+    assert distance(again({"w": leaf}, x), want) == 0
+
+
+def test_a_field_that_is_no_plain_data_is_an_error():
+    leaf = Rich(Scaled(jnp.ones((2, 3))), (), None, "a", {1: 2}, 0.5, True)
+    with pytest.raises(ValueError, match="got a dict: store it as one of them"):
+        describe(lift(lambda p: p), {"w": leaf})
+
+
+def test_a_leaf_of_an_unknown_kind_is_an_error():
+    about = {"plans": [], "weights": {"w": {"leaf": "Gone", "fields": {}}}}
+    with pytest.raises(ValueError, match="'Gone': import the module.*Known:.*Scaled"):
+        rebuild(about, lambda p: p, {"w": jnp.ones(2)})
+
+
+def test_a_checkpoint_of_another_model_is_an_error():
+    about = through_json(lift(lambda p: p), {"w": Scaled(jnp.ones((2, 3)))})
+    with pytest.raises(ValueError, match="compresses w, which this model does not"):
+        rebuild(about, lambda p: p, {"v": jnp.ones((2, 3))})
+
+
+def test_a_checkpoint_of_a_model_of_another_size_is_an_error():
+    fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
+    params, x = {"a": jnp.ones((3, 8)), "b": jnp.ones((8, 2))}, jnp.ones((4, 3))
+    couplings = trace(fn, params, x).couplings
+    small = shrunk(
+        fn, params, couplings, random_keep(couplings, np.random.default_rng(0))
+    )
+    other = {"a": jnp.ones((3, 10)), "b": jnp.ones((10, 2))}
+    with pytest.raises(ValueError, match=r"a .*\(3, 8\).*\(3, 10\)"):
+        rebuild(through_json(*small), fn, other)
