@@ -428,7 +428,9 @@ def _clipped_jvp(primals, tangents):
 
 
 @pytest.mark.parametrize(
-    "own", [rounded, rounded_by_head, lambda x: clipped(x, 0.5)], ids=str
+    "own",
+    [rounded, rounded_by_head, lambda x: clipped(x, 0.5)],
+    ids=["rounded", "rounded by head", "clipped"],
 )
 @pytest.mark.parametrize("inside", ["plain", "scan", "remat"])
 def test_a_derivative_of_its_own_is_kept_at_the_smaller_size(own, inside):

@@ -72,12 +72,18 @@ VIEWS = {
     "cast": lambda w, x: x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16).T,
     "sliced": lambda w, x: x @ w[:3].T,
     "reversed": lambda w, x: x @ w[::-1].T,
+    "behind a barrier": lambda w, x: _behind_a_barrier(w, x),
     "in a jit": lambda w, x: jax.jit(lambda w: x @ w.T)(w),
     "in a remat": lambda w, x: jax.checkpoint(lambda w, x: x @ w.T)(w, x),
     "in a custom_vjp": lambda w, x: _own(w, x),
     "as a constant of a scan": lambda w, x: lax.map(lambda x: x @ w.T, x),
     "in both branches": lambda w, x: lax.cond(True, lambda: x @ w.T, lambda: x @ w.T),
 }
+
+
+def _behind_a_barrier(w, x):
+    x, w = lax.optimization_barrier((x, w))
+    return x @ w.T
 
 
 @jax.custom_vjp

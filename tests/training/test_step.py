@@ -5,7 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxeff.training import all_finite, Aux, init_state, make_train_step
+from jaxeff.precision import all_finite
+from jaxeff.training import Aux, init_state, make_train_step
 from jaxeff.tree import pytree
 from tests.training.small import make_loss, Net, small_run, TRAINABLE, TX, variables
 
