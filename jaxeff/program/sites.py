@@ -77,6 +77,8 @@ def follow(
         view = _VIEWS.get(eqn.primitive.name)
         if view is not None and given[0] is not None:
             env[eqn.outvars[0]] = view(eqn, given[0])
+        if eqn.primitive.name == "optimization_barrier":  # each passes through
+            env.update(zip(eqn.outvars, given, strict=True))
         for body in bodies(eqn, here):
             entering = [given[j] for j in body.operands]
             entering = _entering(body, eqn, entering)
