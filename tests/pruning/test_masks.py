@@ -81,7 +81,8 @@ def test_dropped_weights_are_exactly_zero_in_every_dtype(dtype, update_dtype, ge
             jax.tree.leaves(new[path]), jax.tree.leaves(state.mask[path]), strict=True
         ):
             assert p.dtype == dtype
-            assert jnp.array_equal(p == 0, ~m)
+            # A kept one may be zero too, where its update is its negative.
+            assert jnp.all((p == 0) | m)
             assert jnp.sum(~m) == round(0.5 * m.size)
 
 
