@@ -243,8 +243,8 @@ def _slice(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
 
 def _split(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     axis, rest, outs = eqn.params["axis"], ins[0][eqn.params["axis"]], []
-    for i, n in enumerate(eqn.params["sizes"]):
-        pieces = cut(rest, int(n))
+    for i, n in enumerate(map(int, eqn.params["sizes"])):
+        pieces = cut(rest, n)
         if pieces is None:
             fix(rest, because(eqn, "a split cuts across it"))
             pieces = fixed(eqn, "a split", i)[axis], Dim(rest.size - n)

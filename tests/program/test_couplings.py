@@ -218,6 +218,13 @@ FROZEN = {
         ),
         SUM,
     ),
+    "a split across a product": (
+        lambda x, p: jnp.concatenate(
+            jnp.split(x.reshape(2, 4, 2, 4).swapaxes(2, 3).reshape(x.shape), [3], -1),
+            -1,
+        ),
+        "a split cuts across it",
+    ),
     "bits": (
         lambda x, p: lax.bitcast_convert_type(x, jnp.uint8)[..., 0].astype(x.dtype),
         "`bitcast_convert_type` has no rule",

@@ -233,7 +233,10 @@ def test_shapes_can_lose_indices_like_arrays():
 
 
 BAD_PLANS = {
-    "unknown": ({"c9": np.ones(8, bool)}, "no coupling 'c9': choose among c0, c1, c2"),
+    "unknown": (
+        {"c9": np.ones(8, bool)},
+        "no coupling 'c9' among 3. Nearest: c2, c1, c0",
+    ),
     "frozen": ({"c0": np.arange(5) < 2}, "c0 is frozen: it is a dim of the inputs"),
     "of another length": ({"c1": np.ones(4, bool)}, r"it needs shape \(8,\)"),
     "empty": ({"c1": np.zeros(8, bool)}, "at least one True"),
