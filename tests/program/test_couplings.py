@@ -218,13 +218,6 @@ FROZEN = {
         ),
         SUM,
     ),
-    "a split across a product": (
-        lambda x, p: jnp.concatenate(
-            jnp.split(x.reshape(2, 4, 2, 4).swapaxes(2, 3).reshape(x.shape), [3], -1),
-            -1,
-        ),
-        "a split cuts across it",
-    ),
     "bits": (
         lambda x, p: lax.bitcast_convert_type(x, jnp.uint8)[..., 0].astype(x.dtype),
         "`bitcast_convert_type` has no rule",
@@ -511,6 +504,19 @@ def test_groups_that_cut_across_a_concatenation_are_frozen_on_all_sides():
         "c": shape(8, 3),
     }
     assert not trace(fn, params, X).couplings.free
+
+
+def test_a_split_across_a_product_is_refused():
+    """Two rows of four channels are told apart, then cut after the third channel."""
+
+    def fn(p, x):
+        y = (x @ p["a"]).reshape(2, 4, 2, 4).swapaxes(2, 3).reshape(2, 4, 8)
+        return jnp.concatenate(jnp.split(y, [3], -1), -1) @ p["c"]
+
+    couplings = trace(fn, AROUND, X).couplings
+    reasons = {c.reason for c in couplings if ("a", 1) in c.members}
+    assert len(reasons) == 1
+    assert reasons.pop().startswith("a split cuts across it at test_couplings.py:")
 
 
 def test_layers_of_a_scan_share_their_dims():
