@@ -166,3 +166,37 @@ def test_a_function_of_which_nothing_can_go_is_refused():
     linear = lambda w, x: x @ w
     with pytest.raises(ValueError, match="nothing in this function can be removed"):
         shrink(linear, jnp.ones((3, 2)), jnp.ones((1, 3)))
+
+
+def mlp():
+    keys = jr.split(jr.key(0), 2)
+    params = {"a": jr.normal(keys[0], (3, 6)), "b": jr.normal(keys[1], (6, 2))}
+    return lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], params, jnp.ones((1, 3))
+
+
+def test_keeping_all_is_the_function_and_its_weights():
+    fn, params, x = mlp()
+    same, weights = shrink(fn, params, x, keep=1.0)
+    assert same is fn and all(weights[n] is params[n] for n in params)
+
+
+def test_at_least_one_index_of_a_coupling_stays():
+    fn, params, x = mlp()
+    small_fn, small = shrink(fn, params, x, keep=1e-9)
+    assert small["a"].shape == (3, 1) and small_fn(small, x).shape == (1, 2)
+
+
+def test_among_equals_the_first_stay():
+    fn, params, x = mlp()
+    params = {"a": jnp.ones((3, 6)) * jnp.arange(3.0)[:, None], "b": jnp.ones((6, 2))}
+    program = trace(fn, params, x)
+    (mask,) = choose(
+        program, params, every(fn, params, (x,), 0.5), magnitude()
+    ).values()
+    assert mask.tolist() == [True] * 3 + [False] * 3
+
+
+def test_shapes_have_no_values_to_choose_by():
+    fn, params, x = mlp()
+    with pytest.raises(ValueError, match="only shapes are given"):
+        shrink(fn, jax.eval_shape(lambda: params), x)
