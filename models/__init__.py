@@ -26,6 +26,12 @@ from .pretrained import (
     load_resnet20 as load_resnet20,
     load_stories260k as load_stories260k,
 )
-from .registry import build as build, MODEL_NAMES as MODEL_NAMES
+from .registry import (
+    build as build,
+    IMAGE_MODELS as IMAGE_MODELS,
+    ImageModel as ImageModel,
+    LANGUAGE_MODELS as LANGUAGE_MODELS,
+    LanguageModel as LanguageModel,
+)
 from .resnet import params_from_torch as params_from_torch, ResNet as ResNet
 from .tokenizer import BOS as BOS, EOS as EOS, Tokenizer as Tokenizer

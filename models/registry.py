@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, get_args, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -15,6 +15,20 @@ from .llama import Llama, LlamaConfig
 from .mlp import MLP
 from .mobilenet import MobileNet
 from .resnet import ResNet
+
+ImageModel = Literal[
+    "mlp",
+    "cnn",
+    "mobilenet",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+]
+LanguageModel = Literal["gpt", "llama"]
+IMAGE_MODELS: tuple[str, ...] = get_args(ImageModel)
+LANGUAGE_MODELS: tuple[str, ...] = get_args(LanguageModel)
 
 
 def _llama(
@@ -52,11 +66,17 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
     "cnn": CNN,
     "mobilenet": MobileNet,
-    **{f"resnet{n}": functools.partial(ResNet, depth=n) for n in (20, 32, 44, 56, 110)},
     "gpt": GPT,
     "llama": _llama,
 }
-MODEL_NAMES = tuple(_MODELS)
+
+
+def _find(name: str) -> Callable[..., nn.Module]:
+    if name not in IMAGE_MODELS + LANGUAGE_MODELS:
+        known = ", ".join(IMAGE_MODELS + LANGUAGE_MODELS)
+        raise ValueError(f"No model {name!r}. Choose one of {known}.")
+    family, _, depth = name.partition("resnet")
+    return _MODELS[family] if family else functools.partial(ResNet, depth=int(depth))
 
 
 def build(name: str, **options: Any) -> nn.Module:
@@ -67,9 +87,7 @@ def build(name: str, **options: Any) -> nn.Module:
     Raises:
         ValueError: no such model, or no such option of it; lists what there is.
     """
-    if name not in _MODELS:
-        raise ValueError(f"No model {name!r}. Choose one of {', '.join(_MODELS)}.")
-    make = _MODELS[name]
+    make = _find(name)
     # What the name has fixed, and what Flax adds to every module, are no options.
     fixed = {"parent", "name", *getattr(make, "keywords", {})}
     known = [key for key in inspect.signature(make).parameters if key not in fixed]

@@ -25,7 +25,6 @@ import optax
 from flax import linen as nn
 from flax.errors import FlaxError
 from rich.console import Console
-from rich.table import Table
 
 from jaxeff import cost, data, models, parallelism
 from jaxeff.distillation import response_loss, taught
@@ -80,8 +79,8 @@ class Config:
     """Data set; digits are part of the package."""
     data_dir: Path | None = None
     """Folder with the files of the data set."""
-    model: str | None = None
-    """Model to train, one of jaxeff.models; by default one that suits the data."""
+    model: models.ImageModel | None = None
+    """Model to train; by default one that suits the data."""
     load: Path | None = None
     """Start from this trained model instead: the dense checkpoint of an earlier run
     (a folder), or the ResNet-20 for CIFAR-10 as .safetensors."""
@@ -213,7 +212,12 @@ class Run:
         learning_rate: float,
         teacher: Version | None = None,
     ) -> tuple[Any, float]:
-        """Trains, or goes on from the last checkpoint. The weights, and the seconds."""
+        """Trains, or goes on from the last checkpoint.
+
+        Returns:
+            The weights, and the seconds of all steps; of a run that was resumed those
+            of its last part, in proportion.
+        """
         config, batch_size = self.config, self.plan.batch_size
         began = time.perf_counter()
         per_epoch = data.steps_per_epoch(self.train, batch_size)
@@ -236,11 +240,9 @@ class Run:
         with Checkpoints(self.path("steps", _slug(name)), keep=1) as checkpoints:
             if checkpoints.latest() is not None:
                 state = checkpoints.restore(state)
+            first = int(state.step)
             batches = data.batches(
-                self.train,
-                batch_size,
-                seed=config.seed,
-                start_step=int(state.step),
+                self.train, batch_size, seed=config.seed, start_step=first
             )
             state = fit(
                 step,
@@ -250,19 +252,13 @@ class Run:
                 checkpoint=checkpoints,
                 checkpoint_every=max(1, steps // 4),
             )
-        return state.params, time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        return state.params, seconds * steps / max(1, steps - first)
 
     @functools.cached_property
     def augment(self) -> Callable | None:
-        """Shifts and mirror images, where they are still the same thing.
-
-        A shift fills the border with the mean colour, which is right for photographs
-        and wrong for the black around a digit or a shirt.
-        """
-        if self.config.data == "digits":
-            return None
-        pad = 4 if self.config.data == "cifar10" else 0
-        return lambda key, x: data.augment(key, x, pad=pad)
+        """Shifts and mirror images, where they are still the same thing."""
+        return data.augmentation(self.train)
 
     def version(self, name: str, make: Callable[[], Version]) -> Version:
         """Makes a version and saves it; reads it back if the run is resumed."""
@@ -353,8 +349,10 @@ def compress(run: Run) -> list[Version]:
     ]
 
 
-def measure(run: Run, versions: list[Version]) -> list[dict[str, Any]]:
-    """One row for each version: accuracy, and all costs measured interleaved."""
+def measure(
+    run: Run, versions: list[Version]
+) -> tuple[list[cost.Profile], list[dict[str, Any]]]:
+    """All costs, measured interleaved; and a row of figures for each version."""
     config = run.config
     batch = jnp.asarray(run.test.images[: config.latency_batch])
     run.console.print("[bold]measuring[/bold] latency and energy, interleaved")
@@ -374,12 +372,14 @@ def measure(run: Run, versions: list[Version]) -> list[dict[str, Any]]:
             "checkpoint": f"models/{_slug(v.name)}",
         }
         rows.append(row)
-    return rows
+    return profiles, rows
 
 
-def results(run: Run, versions: list[Version]) -> dict[str, Any]:
+def results(
+    run: Run, versions: list[Version], rows: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Everything the run found, as plain data."""
-    config, rows, x = run.config, measure(run, versions), run.example
+    config, x = run.config, run.example
     machine, intensity = about(), cost.intensity(config.place)
     return {
         "title": f"{run.plan.model}, compressed ({config.data})",
@@ -412,27 +412,6 @@ def results(run: Run, versions: list[Version]) -> dict[str, Any]:
             "and carbon are per image.",
         ],
     }
-
-
-def show(run: Run, rows: list[dict[str, Any]]) -> None:
-    """Prints the table."""
-    table = Table(title=f"{run.plan.model} on {run.config.data}")
-    columns = {
-        "bytes": ("size", "B"),
-        "parameters": ("parameters", ""),
-        "flops": ("FLOPs/image", ""),
-        "latency_s": ("latency", "s"),
-        "energy_j": ("energy/image", "J"),
-    }
-    table.add_column("version")
-    headings = ("accuracy", *(h for h, _ in columns.values()), "USD/million")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        cells = [cost.quantity(row[k], unit) for k, (_, unit) in columns.items()]
-        price = f"{row['usd_per_million']:.2g}"
-        table.add_row(row["name"], f"{row['accuracy']:.2%}", *cells, price)
-    run.console.print(table)
 
 
 def _json(value: Any) -> str:
@@ -509,11 +488,18 @@ def run(config: Config) -> Mapping[str, Any]:
     state = Run(config)
     prepare(config)
     versions = compress(state)
-    found = results(state, versions)
+    profiles, rows = measure(state, versions)
+    found = results(state, versions, rows)
     write_json(state.path("results.json"), found)
     state.path("plot.svg").write_text(plot_svg(found))
     write_report(state.path("report.html"), found)
-    show(state, found["rows"])
+    table = cost.comparison_table(
+        profiles,
+        title=found["title"],
+        first={"accuracy": [f"{row['accuracy']:.2%}" for row in rows]},
+        last={"USD per\nmillion": [f"{row['usd_per_million']:.2g}" for row in rows]},
+    )
+    state.console.print(table)
     state.console.print(f"Report: {state.path('report.html')}")
     return found
 

@@ -31,8 +31,14 @@ from flax import linen as nn
 from jax.sharding import Sharding
 
 from jaxeff.cost import count_parameters
-from jaxeff.data import augment, batches, load, prefetch, text, windows
-from jaxeff.models import build, MODEL_NAMES
+from jaxeff.data import augmentation, batches, load, prefetch, text, windows
+from jaxeff.models import (
+    build,
+    IMAGE_MODELS,
+    ImageModel,
+    LANGUAGE_MODELS,
+    LanguageModel,
+)
 from jaxeff.parallelism import batch_sharding, make_mesh, replicate
 from jaxeff.precision import autocast, DynamicLossScale
 from jaxeff.training import (
@@ -50,9 +56,6 @@ from jaxeff.training.cli import join_processes, main
 from jaxeff.training.language import language_loss, nats_per_token
 from jaxeff.training.results import write_json
 
-LANGUAGE_MODELS = ("gpt", "llama")
-# The largest shift in pixels, and whether a mirrored image is still one of its class.
-AUGMENT = {"digits": (0, False), "fashion_mnist": (2, True), "cifar10": (4, True)}
 # What may differ when a run goes on; the other options are what the run is.
 MAY_CHANGE = {"data_dir", "steps", "epochs", "output", "resume", "tensorboard"} | {
     "checkpoint_every",
@@ -65,18 +68,7 @@ MAY_CHANGE = {"data_dir", "steps", "epochs", "output", "resume", "tensorboard"} 
 class Config:
     """A run; every option has a default."""
 
-    model: Literal[
-        "mlp",
-        "cnn",
-        "mobilenet",
-        "resnet20",
-        "resnet32",
-        "resnet44",
-        "resnet56",
-        "resnet110",
-        "gpt",
-        "llama",
-    ] = "cnn"
+    model: ImageModel | LanguageModel = "cnn"
     """gpt and llama take text, the others images."""
     sizes: tuple[str, ...] = ()
     """Options of the model as name=value, such as d_model=512 n_layers=8."""
@@ -134,14 +126,13 @@ class Task:
 def images(c: Config, to: Sharding) -> Task:
     """Classification, judged by accuracy on the test images."""
     train, test = load(c.data, c.data_dir)
-    pad, flip = AUGMENT[c.data]
-    change = functools.partial(augment, pad=pad, flip=flip) if pad or flip else None
+    change = augmentation(train) if c.augment else None
     return Task(
         about=f"{c.data} ({len(train):,} training and {len(test):,} test images)",
         example=train.images[:1],
         steps_per_epoch=max(1, len(train) // c.batch_size),
         batches=lambda step: batches(train, c.batch_size, seed=c.seed, start_step=step),
-        loss=lambda fn: classification_loss(fn, augment=change if c.augment else None),
+        loss=lambda fn: classification_loss(fn, augment=change),
         evaluate=lambda fn, params: {
             "test_accuracy": accuracy(fn, params, test, c.batch_size, to=to)
         },
@@ -191,10 +182,8 @@ def text_file(path: Path | None) -> Path:
 
 def make_model(c: Config) -> nn.Module:
     """The model by its name and sizes."""
-    if (c.model in LANGUAGE_MODELS) != (c.data == "text"):
-        fit_for = [
-            m for m in MODEL_NAMES if (m in LANGUAGE_MODELS) == (c.data == "text")
-        ]
+    fit_for = LANGUAGE_MODELS if c.data == "text" else IMAGE_MODELS
+    if c.model not in fit_for:
         raise ValueError(
             f"--model {c.model} does not take --data {c.data}. Choose one of "
             f"{', '.join(fit_for)}, or other data."

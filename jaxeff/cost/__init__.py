@@ -42,7 +42,6 @@ from .processors import Processor as Processor, processor as processor
 from .profiles import (
     compare as compare,
     comparison_table as comparison_table,
-    print_comparison as print_comparison,
     Profile as Profile,
     profile as profile,
     quantity as quantity,

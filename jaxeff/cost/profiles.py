@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 from jaxtyping import PyTree
-from rich.console import Console
+from rich import box
 from rich.table import Table
 
 from jaxeff import program
@@ -198,45 +198,57 @@ def quantity(value: float | int | None, unit: str = "") -> str:
     return f"{value:.3g} {unit}".rstrip()
 
 
-def comparison_table(profiles: Sequence[Profile], *, title: str = "Cost") -> Table:
-    """A table with units; below each figure, its share of the first row's."""
-    examples = profiles[0].examples
+def comparison_table(
+    profiles: Sequence[Profile],
+    *,
+    title: str = "Cost",
+    first: Mapping[str, Sequence[str]] | None = None,
+    last: Mapping[str, Sequence[str]] | None = None,
+) -> Table:
+    """A table with units, for `rich`; below each figure, its share of the first row's.
+
+    Args:
+        profiles: a row each.
+        title: above the table.
+        first, last: further columns before and after those of the costs, such as
+            the accuracy: a cell for each row, by heading.
+    """
+    rows, examples = [p.row() for p in profiles], profiles[0].examples
     energy = profiles[0].energy
     method = "" if energy is None else f"Energy: {energy.method}. "
     table = Table(
         title=title,
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,  # so that it fits into 80 columns
+        pad_edge=False,
         caption=f"FLOPs, energy per example; latency, memory per call of {examples}. "
         f"{method}Latency: {profiles[0].latency.method}. "
         f"Memory: {profiles[0].memory.method}.",
     )
-    table.add_column("")
-    rows = [p.row() for p in profiles]
+    words = [word for row in rows for word in row["name"].split()]
+    table.add_column("", min_width=max(map(len, words)))
     columns = {
-        "parameters": ("parameters", ""),
+        "parameters": ("params", ""),
         "bytes": ("size", "B"),
         "flops": ("FLOPs", ""),
         "latency_s": ("latency", "s"),
         "energy_j": ("energy", "J"),
         "peak_bytes": ("memory", "B"),
     }
-    for heading, _ in columns.values():
-        table.add_column(heading, justify="right")
-    for row in rows:
-        cells = [
+    costs = {
+        heading: [
             f"{quantity(row[key], unit)}\n[dim]{_ratio(row[key], rows[0][key])}[/dim]"
-            for key, (_, unit) in columns.items()
+            for row in rows
         ]
+        for key, (heading, unit) in columns.items()
+    }
+    every = {**(first or {}), **costs, **(last or {})}
+    for heading in every:
+        table.add_column(heading, justify="right")
+    for row, *cells in zip(rows, *every.values(), strict=True):
         table.add_row(row["name"], *cells)
     return table
 
 
 def _ratio(value: float | int | None, first: float | int | None) -> str:
     return f"x {value / first:.3g}" if value is not None and first else ""
-
-
-def print_comparison(
-    profiles: Sequence[Profile], *, title: str = "Cost", console: Console | None = None
-) -> None:
-    """Prints `comparison_table`."""
-    console = Console() if console is None else console
-    console.print(comparison_table(profiles, title=title))

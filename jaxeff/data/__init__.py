@@ -1,6 +1,6 @@
 """Input pipelines: real data sets, batches that resume, prefetching, augmentation."""
 
-from .augment import augment as augment
+from .augment import augment as augment, augmentation as augmentation
 from .batches import (
     Batch as Batch,
     batches as batches,

@@ -15,7 +15,16 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import PyTree
 
 from jaxeff import tree
-from jaxeff.program import equations, is_leaf, lift, shapes, Site, trace, unlift
+from jaxeff.program import (
+    equations,
+    is_leaf,
+    lift,
+    lift_report,
+    shapes,
+    Site,
+    trace,
+    unlift,
+)
 
 from .factored import Factored
 from .svd import check_rank, factor_array, matrix_shape, Rank, rank_number
@@ -46,21 +55,23 @@ def factorize(
             scan gets one rank for all its layers, for `energy` the largest.
 
     Returns:
-        `lift(fn)` and the new weights. A weight whose factors would be no smaller
-        stays as it is: `report`, given the same arguments, says which and why.
+        `lift(fn)` and the new weights. A weight whose factors would be no smaller, or
+        would be multiplied out before they are used, stays as it is: `report`, given
+        the same arguments, says which and why.
 
     Raises:
         ValueError: a rank is not positive, a pattern matches no weight, or none
             that can be cut in two and becomes smaller.
     """
-    chosen = choose(fn, params, args, ranks)
+    return lift(fn), _replace(params, choose(fn, params, args, ranks))
 
+
+def _replace(params: PyTree, chosen: Mapping[str, Factored | str]) -> PyTree:
     def replace(keypath, x):
         new = chosen.get(tree.path_name(keypath))
         return new if isinstance(new, Factored) else x
 
-    new = jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_leaf)
-    return lift(fn), new
+    return jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_leaf)
 
 
 def choose(
@@ -83,6 +94,10 @@ def choose(
             out[path] = cut if isinstance(cut, str) else "no pattern matches it"
         else:
             out[path] = _factor(w, cut, asked[path], path)
+    for use in lift_report(lift(fn), _replace(params, out), *args):
+        if not use.native and isinstance(out[use.path], Factored):
+            what = f"{use.primitive} at {use.source}"
+            out[use.path] = f"its factors would be multiplied out for {what}"
     for pattern in ranks:
         matched = tree.match(pattern, weights)
         if not any(isinstance(out[path], Factored) for path in matched):

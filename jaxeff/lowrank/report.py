@@ -5,13 +5,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxeff import tree
-from jaxeff.program import is_leaf
-from jaxeff.program.table import table
+from jaxeff.program import is_leaf, notes, relative_error, table
 
 from .factored import Factored
 from .factorize import choose, Ranks
@@ -62,16 +59,8 @@ class Report:
         after = sum(r.density * math.prod(r.shape) for r in self.rows)
         total = f"{after / max(1, before):.0%}"
         cells.append(("all weights", f"{before:,}", "", total, ""))
-        notes: dict[str, list[str]] = {}
-        for r in self.rows:
-            if r.note:
-                notes.setdefault(r.note, []).append(r.path)
-        lines = [
-            f"stays as it is: {note} ({len(paths)}: {', '.join(paths[:3])}"
-            f"{', ...' * (len(paths) > 3)})"
-            for note, paths in notes.items()
-        ]
-        return "\n".join([table(head, cells), *lines])
+        stay = [(r.path, f"stays as it is: {r.note}") for r in self.rows if r.note]
+        return "\n".join([table(head, cells), *notes(stay)])
 
 
 def report(fn: Callable, params: PyTree, *args: Any, ranks: Ranks) -> Report:
@@ -93,16 +82,8 @@ def report(fn: Callable, params: PyTree, *args: Any, ranks: Ranks) -> Report:
                 shape=tuple(w.shape),
                 rank=new.rank if factored else None,
                 density=tree.tree_size(new if factored else w) / max(1, w.size),
-                error=_error(w, new) if factored else None,
+                error=relative_error(w, new) if factored else None,
                 note="" if factored else new,
             )
         )
     return Report(tuple(rows))
-
-
-def _error(w: Any, new: Factored) -> float | None:
-    if isinstance(w, jax.ShapeDtypeStruct):
-        return None
-    w = w.astype(jnp.float32)
-    off = jnp.linalg.norm((new.dense().astype(jnp.float32) - w).ravel())
-    return float(off / jnp.maximum(jnp.linalg.norm(w.ravel()), jnp.finfo(w.dtype).tiny))

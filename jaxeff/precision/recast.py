@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 
-from jaxeff.program.interpret import bind, bodies, Interpreter, rebuilt, Where
+from jaxeff.program import bind, bodies, Interpreter, rebuilt, Where
 
 from .rules import (
     EACH,

@@ -8,8 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import Var
 
-from jaxeff.program.call import Call
-from jaxeff.program.interpret import bodies, equations
+from jaxeff.program import bodies, Call, equations
 
 from .rules import PRODUCTS
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
-from jaxeff.program.interpret import bodies
+from jaxeff.program import bodies
 
 # Run in the low dtype. Hardware accumulates them in float32.
 PRODUCTS = frozenset(

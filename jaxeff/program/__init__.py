@@ -4,12 +4,7 @@ from .call import Call as Call, Rewritten as Rewritten
 from .costs import Cost as Cost, Costs as Costs
 from .couplings import Coupling as Coupling, Couplings as Couplings
 from .functional import functional as functional
-from .interpret import (
-    bind as bind,
-    bodies as bodies,
-    equations as equations,
-    Interpreter as Interpreter,
-)
+from .interpret import bind as bind, Interpreter as Interpreter, rebuilt as rebuilt
 from .leaf import (
     Conv as Conv,
     dense as dense,
@@ -19,6 +14,7 @@ from .leaf import (
     is_leaf as is_leaf,
     keep as keep,
     Leaf as Leaf,
+    relative_error as relative_error,
     shapes as shapes,
     take_places as take_places,
 )
@@ -35,7 +31,10 @@ from .resize import (
     make_plan as make_plan,
     Plan as Plan,
     resize as resize,
+    zero_indices as zero_indices,
 )
 from .saved import describe as describe, rebuild as rebuild
-from .sites import Site as Site
+from .sites import reshape_groups as reshape_groups, Site as Site
+from .table import notes as notes, table as table
 from .trace import Program as Program, trace as trace
+from .walk import bodies as bodies, equations as equations, Where as Where

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from jax.extend.core import ClosedJaxpr
 
 from .flops import equation_flops, equation_transcendentals, MATMULS
-from .interpret import bodies, equations
 from .sites import equation_bytes, Site
+from .walk import bodies, equations
 
 
 @dataclasses.dataclass(frozen=True)

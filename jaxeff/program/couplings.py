@@ -16,9 +16,9 @@ from jax.extend.core import ClosedJaxpr
 from jaxtyping import Bool
 
 from .dims import atoms, Dim, find, fix, index_sum, kept
-from .interpret import needed
 from .rules import Dims
 from .solve import Solver
+from .walk import needed
 from .zeros import NOTHING, Zeros
 
 

@@ -253,6 +253,20 @@ def dense(tree: PyTree) -> PyTree:
     return jax.tree.map(expand, tree, is_leaf=is_leaf)
 
 
+def relative_error(w: Any, new: Any) -> float | None:
+    """How far a compressed weight is from the weight it was made of.
+
+    Returns:
+        The root of the summed squared differences over that of the summed squared
+        weights; None where only a shape is known.
+    """
+    if isinstance(w, jax.ShapeDtypeStruct):
+        return None
+    w, new = (dense(x).astype(jnp.float32).ravel() for x in (w, new))
+    norm = jnp.maximum(jnp.linalg.norm(w), jnp.finfo(w.dtype).tiny)
+    return float(jnp.linalg.norm(new - w) / norm)
+
+
 def keep(x: Any, dim: int, mask: Bool[np.ndarray, " n"]) -> Any:
     """An array, its shape, or a leaf without the indices of `dim` that are False.
 

@@ -15,10 +15,11 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 
 from .call import Call, Rewritten
-from .interpret import bind, Interpreter, rebuilt, Where
+from .interpret import bind, Interpreter, rebuilt
 from .leaf import Conv, dense, dot_of, is_leaf, lookup_dim
 from .sites import follow, weight_origins
 from .source import source_line
+from .walk import Where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +112,8 @@ class Lifting(Interpreter):
             return None
         rule = _RULES.get(eqn.primitive.name)
         out = NotImplemented if rule is None else _apply(rule, eqn, args)
-        if is_leaf(out):  # a view of the same weight: nothing has run yet
-            return [out]
+        if rule in _VIEWS and out is not NotImplemented:
+            return out if isinstance(out, list) else [out]  # nothing has run yet
         self.ran[where] = out is not NotImplemented
         return [out] if self.ran[where] else bind(eqn, [self.plain(x) for x in args])
 
@@ -171,6 +172,36 @@ def _broadcast(eqn: JaxprEqn, args: list[Any]) -> Any:
     return x.reshape(shape) if same and ones else NotImplemented
 
 
+def _slice(eqn: JaxprEqn, args: list[Any]) -> Any:
+    begin, end = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(begin)
+    return _part(args[0], list(map(range, begin, end, strides)))
+
+
+def _split(eqn: JaxprEqn, args: list[Any]) -> Any:
+    x, axis = args[0], eqn.params["axis"]
+    ends = np.cumsum(eqn.params["sizes"])
+    parts = []
+    for end, size in zip(ends, eqn.params["sizes"], strict=True):
+        kept = [range(n) for n in x.shape]
+        kept[axis] = range(end - size, end)
+        parts.append(_part(x, kept))
+    return NotImplemented if any(p is NotImplemented for p in parts) else parts
+
+
+def _part(x: Any, kept: list[range]) -> Any:
+    for dim, indices in enumerate(kept):
+        if not indices:
+            return NotImplemented
+        if len(indices) < x.shape[dim]:
+            mask = np.zeros(x.shape[dim], bool)
+            mask[list(indices)] = True
+            x = x.keep(dim, mask)
+            if x is NotImplemented:
+                return x
+    return x
+
+
 def _identity(eqn: JaxprEqn, args: list[Any]) -> Any:
     return args[0]
 
@@ -219,6 +250,8 @@ _VIEWS = (
     _transpose,
     _reshape,
     _broadcast,
+    _slice,
+    _split,
     _identity,
     _barrier,
     _stop_gradient,
@@ -230,6 +263,8 @@ _RULES: dict[str, Callable[[JaxprEqn, list[Any]], Any]] = {
     "reshape": _reshape,
     "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast,
+    "slice": _slice,
+    "split": _split,
     "copy": _identity,
     "copy_p": _identity,
     "stop_gradient": _stop_gradient,

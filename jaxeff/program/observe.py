@@ -14,9 +14,9 @@ from jaxtyping import Array, PyTree
 from jaxeff import tree
 
 from .call import Call
-from .interpret import Where
 from .lift import Lifting, unlift
 from .sites import find_sites, Site
+from .walk import Where
 
 Statistic = Callable[[Site, Array], PyTree[Array]]
 

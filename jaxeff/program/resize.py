@@ -27,10 +27,11 @@ from jaxeff import tree
 from .call import Call, inner, Rewritten
 from .couplings import Couplings
 from .dims import Conflict, cut, Dim, expression, find, fix, from_expression, new_size
-from .interpret import Interpreter, is_inexact, Where
+from .interpret import Interpreter, is_inexact
 from .leaf import is_leaf, keep as keep_along
 from .rules import conv_groups, cut_out, Dims
 from .solve import Solver
+from .walk import Where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +132,28 @@ def keep_indices(
         return x
 
     return jax.tree_util.tree_map_with_path(smaller, params, is_leaf=is_leaf)
+
+
+def zero_indices(
+    params: PyTree, couplings: Couplings, keep: Mapping[str, Bool[np.ndarray, " _"]]
+) -> PyTree:
+    """The weights, none compressed, with zeros at the indices that `keep` drops.
+
+    Law: `resize` with `keep_indices` computes what the function as it was computes
+    with these.
+    """
+    touched = {p for c in couplings if c.name in keep for p, _ in c.members}
+
+    def masked(keypath, x):
+        path = tree.path_name(keypath)
+        if path not in touched:
+            return x
+        for d, mask in enumerate(couplings.masks(path, keep)):
+            others = [i for i in range(x.ndim) if i != d]
+            x = jnp.where(np.expand_dims(mask, others), x, 0)
+        return x
+
+    return jax.tree_util.tree_map_with_path(masked, params)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by `jit`, so by identity

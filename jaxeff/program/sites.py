@@ -15,9 +15,9 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from .flops import equation_flops
-from .interpret import bodies, Body, equations, product, scan_counts, Where
 from .leaf import Conv, dot_of, lookup_dim
 from .source import inside, source_line
+from .walk import bodies, Body, equations, product, scan_counts, Where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ def follow(
         visit(here, eqn, given, times)
         view = _VIEWS.get(eqn.primitive.name)
         if view is not None and given[0] is not None:
-            env[eqn.outvars[0]] = view(eqn, given[0])
+            env.update(dict.fromkeys(eqn.outvars, view(eqn, given[0])))
         if eqn.primitive.name == "optimization_barrier":  # each passes through
             env.update(zip(eqn.outvars, given, strict=True))
         for body in bodies(eqn, here):
@@ -147,6 +147,7 @@ _VIEWS: dict[str, Callable[[JaxprEqn, Origin], Origin | None]] = {
     "reduce_precision": _same,
     "rev": _same,
     "slice": _same,
+    "split": _same,
     "dynamic_slice": _same,
     "transpose": _transpose,
     "squeeze": _squeeze,

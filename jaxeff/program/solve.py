@@ -10,9 +10,9 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from .dims import Dim, fix
-from .interpret import bodies, Body, scan_counts, Where
 from .rules import because, Dims, fixed, rule_of, unite_all
 from .source import inside
+from .walk import bodies, Body, scan_counts, Where
 
 
 class Solver:

@@ -1,6 +1,6 @@
-"""Plain text tables."""
+"""Plain text tables, and the notes beneath them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -15,3 +15,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         ).rstrip()
 
     return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, rows)])
+
+
+def notes(said: Iterable[tuple[str, str]]) -> list[str]:
+    """(what, note) pairs as a line per note, with the first few it is about."""
+    about: dict[str, list[str]] = {}
+    for what, note in said:
+        about.setdefault(note, []).append(what)
+    return [
+        f"{note} ({len(names)}: {', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+        for note, names in about.items()
+    ]

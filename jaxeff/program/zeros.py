@@ -18,10 +18,10 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 from jax.lax import GatherScatterMode
 
 from .dims import atoms, Dim, factor
-from .interpret import bodies, Body, scan_counts, Where
 from .rules import because, Dims
 from .solve import Solver
 from .source import inside
+from .walk import bodies, Body, scan_counts, Where
 
 
 class Zero(NamedTuple):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxeff.program.sites import reshape_groups
+from jaxeff.program import reshape_groups
 
 Shape = tuple[int, ...]
 

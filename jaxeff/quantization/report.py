@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxeff import tree
-from jaxeff.program import lift, lift_report
-from jaxeff.program.table import table
+from jaxeff.program import lift, lift_report, notes, relative_error, table
 
 from .arrays import QArray
 from .quantize import apply, choose, Formats
@@ -63,16 +62,12 @@ class Report:
         ]
         weights = f"{sum(map(_size, self.rows)):,}"
         cells.append(("all weights", "", weights, f"{self.bits:.2f}", ""))
-        notes: dict[str, list[str]] = {}
-        for r in self.rows:
-            if r.note:
-                what = "stays as it is" if r.stays else "runs dense"
-                notes.setdefault(f"{what}: {r.note}", []).append(r.path)
-        lines = [
-            f"{note} ({len(paths)}: {', '.join(paths[:3])}{', ...' * (len(paths) > 3)})"
-            for note, paths in notes.items()
+        said = [
+            (r.path, f"{'stays as it is' if r.stays else 'runs dense'}: {r.note}")
+            for r in self.rows
+            if r.note
         ]
-        return "\n".join([table(head, cells), *lines])
+        return "\n".join([table(head, cells), *notes(said)])
 
 
 def _percent(error: float | None) -> str:
@@ -112,17 +107,9 @@ def report(
                 shape=tuple(q.shape),
                 format=name if c.format is None else c.format.name,
                 bits=8 * tree.tree_bytes(q) / max(1, q.size),
-                error=None if c.format is None else _error(w, q),
+                error=None if c.format is None else relative_error(w, q),
                 stays=c.format is None,
                 note=c.reason or dense.get(c.weight, ""),
             )
         )
     return Report(tuple(rows))
-
-
-def _error(w: Any, q: QArray) -> float | None:
-    if isinstance(w, jax.ShapeDtypeStruct):
-        return None
-    w = w.astype(jnp.float32)
-    off = jnp.linalg.norm((q.dense().astype(jnp.float32) - w).ravel())
-    return float(off / jnp.maximum(jnp.linalg.norm(w.ravel()), jnp.finfo(w.dtype).tiny))

@@ -26,12 +26,12 @@ from jaxeff.cost import (
     transformer_training_flops,
 )
 from jaxeff.models import Llama, LlamaConfig
-from jaxeff.program import dense, trace
+from jaxeff.program import dense, trace, zero_indices
 from jaxeff.pruning import shrink
 from jaxeff.quantization import quantize, w8a8
 from jaxeff.training import forms, init_state, make_train_step
 from jaxeff.training.language import language_loss
-from jaxeff.tree import path_name, paths, tree_bytes
+from jaxeff.tree import paths, tree_bytes
 
 # Type of the operands, of the result, and how far its rounding may take the result, of
 # its norm. Sums of integers are exact; fp8 is summed in fewer bits than float32.
@@ -317,11 +317,4 @@ def zero_half(fn: Callable, params: Any, *args: Any) -> Any:
         c.name: rng.permutation(c.size) < max(1, round(0.5 * c.size))
         for c in couplings.free
     }
-
-    def mask(keypath, w):
-        for d, kept in enumerate(couplings.masks(path_name(keypath), keep)):
-            others = [i for i in range(w.ndim) if i != d]
-            w = jnp.where(np.expand_dims(kept, others), w, 0)
-        return w
-
-    return jax.tree_util.tree_map_with_path(mask, params)
+    return zero_indices(params, couplings, keep)

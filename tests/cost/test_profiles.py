@@ -10,7 +10,6 @@ from jaxeff.cost import (
     compare,
     comparison_table,
     grams_co2,
-    print_comparison,
     profile,
     quantity,
     usd_per_million,
@@ -103,12 +102,16 @@ def test_the_table_shows_units_and_ratios_to_the_first_row(getkey):
     }
     profiles = compare(models, [x], examples=4, watts=10.0, **QUICK)
     stream = io.StringIO()
-    print_comparison(profiles, console=Console(file=stream, width=140))
+    accuracy = {"accuracy": ["99 %", "98 %"]}
+    table = comparison_table(profiles, first=accuracy, last={"price": ["2", "1"]})
+    Console(file=stream, width=140).print(table)
     text = stream.getvalue()
     assert "dense" in text and "half" in text
     assert "36.9 kB" in text and "18.4 kB" in text and "x 0.5" in text
     assert "stated 10 W" in text and "median of 5 calls" in text
-    assert comparison_table(profiles).row_count == 2
+    assert table.row_count == 2
+    assert text.index("accuracy") < text.index("size") < text.index("price")
+    assert "98 %" in text
 
 
 @pytest.mark.parametrize(

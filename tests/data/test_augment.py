@@ -1,9 +1,10 @@
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import pytest
 
-from jaxeff.data import augment
+from jaxeff.data import augment, augmentation, Dataset, digits
 
 
 def test_each_image_is_a_crop_of_the_padded_image_or_of_its_mirror(getkey):
@@ -42,3 +43,33 @@ def test_gradients_reach_the_pixels_that_were_kept(getkey):
 def test_a_negative_pad_is_an_error(getkey):
     with pytest.raises(ValueError, match="0 or more, got -1"):
         augment(getkey(), jnp.zeros((1, 2, 2, 1)), pad=-1)
+
+
+def test_what_is_shifted_in_is_the_border(getkey):
+    images = jnp.zeros((64, 3, 3, 2))
+    border = np.array([2.0, -3.0])
+    out = augment(getkey(), images, pad=1, flip=False, border=border)
+    new = jnp.abs(out).sum(-1) > 0
+    assert new.any() and not new.all()
+    assert jnp.array_equal(out[new], jnp.broadcast_to(border, out[new].shape))
+
+
+def dataset(name):
+    """Images of one black pixel each."""
+    mean, std = (0.3, 0.4), (0.2, 0.5)
+    black = -np.array(mean) / np.array(std)
+    images = np.broadcast_to(black, (64, 2, 2, 2)).astype(np.float32)
+    return Dataset(name, images, np.zeros(64, np.int32), ("a",), mean, std)
+
+
+def test_black_stays_black_in_fashion_mnist_but_not_in_photographs(getkey):
+    for name, same in (("fashion_mnist/train", True), ("cifar10/train", False)):
+        data = dataset(name)
+        change = augmentation(data)
+        assert change is not None
+        out = change(getkey(), jnp.asarray(data.images))
+        assert bool(jnp.allclose(out, data.images)) == same
+
+
+def test_digits_are_left_as_they_are():
+    assert augmentation(digits()[0]) is None

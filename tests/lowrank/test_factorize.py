@@ -127,6 +127,26 @@ def test_what_would_grow_stays_as_long_as_something_shrinks(normal):
     assert low["big"].rank == 4 and low["head"] is params["head"]
 
 
+def test_a_weight_that_would_be_multiplied_out_stays(normal):
+    params = {"fused": normal(12, 24), "moving": normal(12, 24)}
+
+    def fn(p, x):
+        a, b = x @ p["fused"][:, :10], x @ p["fused"][:, 10:]
+        at = (x[0, 0] > 0).astype(int)
+        return (
+            a.sum() + b.sum() + x @ jax.lax.dynamic_slice(p["moving"], (0, at), (12, 8))
+        )
+
+    x = normal(5, 12)
+    lifted, low = factorize(fn, params, x, ranks={"**": 2})
+    assert low["moving"] is params["moving"]
+    assert factored(low).keys() == {"fused"}
+    assert all(use.native for use in lift_report(lifted, low, x))
+    np.testing.assert_allclose(lifted(low, x), fn(dense(low), x), rtol=1e-4)
+    with pytest.raises(ValueError, match="multiplied out for dynamic_slice at test_"):
+        factorize(fn, params, x, ranks={"moving": 2})
+
+
 def test_shapes_can_be_factored_without_the_weights(getkey):
     fn, params, args = CASES["linen_llama"].build(getkey())
     shapes = jax.eval_shape(lambda p: p, params)

@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxeff.models import build, Llama, MODEL_NAMES, ResNet
+from jaxeff.models import build, IMAGE_MODELS, LANGUAGE_MODELS, Llama, ResNet
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("name", IMAGE_MODELS + LANGUAGE_MODELS)
 def test_every_name_builds_a_model_that_runs(name, getkey):
     if name in ("gpt", "llama"):
         model, x = build(name, vocab_size=31), jnp.zeros((2, 5), int)

@@ -12,7 +12,7 @@ from jaxeff import models
 from jaxeff.precision import autocast
 from jaxeff.precision.rules import EACH, KEEP, PRODUCTS, VIEWS
 from jaxeff.program import equations, Leaf, lift
-from jaxeff.program.interpret import bodies, scan_counts
+from jaxeff.program.walk import bodies, scan_counts
 from jaxeff.tree import pytree
 from tests.zoo import ZOO
 

@@ -14,9 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxeff import models, trace
-from jaxeff.program import resize
+from jaxeff.program import resize, zero_indices
 from tests.program.built import build, zoo
-from tests.program.masked import distance, masked, random_keep, shrunk
+from tests.program.shrinking import distance, random_keep, shrunk
 
 
 def shape(*sizes, dtype=jnp.float32):
@@ -296,7 +296,7 @@ def test_what_is_free_is_exact(name):
     couplings = trace(fn, AROUND, X).couplings
     keep = random_keep(couplings, rng)
     small_fn, small = shrunk(fn, params, couplings, keep)
-    want = jax.jit(fn)(masked(params, couplings, keep), x)
+    want = jax.jit(fn)(zero_indices(params, couplings, keep), x)
     assert distance(jax.jit(small_fn)(small, x), want) < 1e-5
     assert small["a"].shape[1] < 8
 

@@ -137,6 +137,9 @@ VIEWS = {
     "while": lambda w, x: lax.while_loop(
         lambda s: s[0] < 2, lambda s: (s[0] + 1, (s[1] @ w.T) @ w), (0, x)
     )[1],
+    "slice": lambda w, x: x[:, 1:4] @ w[:2, 1:4].T,
+    "strided slice": lambda w, x: x[:, ::2] @ w[1::2, ::2].T,
+    "split": lambda w, x: [x @ v.T for v in jnp.split(w, [1])][1],
     "rows": lambda w, x: w[jnp.array([0, 2, -1])],
     "columns": lambda w, x: w[:, jnp.array([[0, 5], [1, 1]])],
     "rows of a view": lambda w, x: w.reshape(4, 2, 3)[jnp.array([3, 0])],
@@ -154,7 +157,8 @@ def test_views_of_a_leaf_stay_leaves(name):
 
 DENSE = {
     "cos": lambda w, x: x @ jnp.cos(w).T,
-    "slice": lambda w, x: x @ w[:2].T,
+    "nothing of it": lambda w, x: jnp.pad(x @ w[:0].T, ((0, 0), (0, 1))),
+    "moving slice": lambda w, x: x @ lax.dynamic_slice(w, (x.argmin(), 0), (2, 6)).T,
     "added": lambda w, x: x + w,
     "reversed": lambda w, x: x @ w[::-1].T,
     "broadcast": lambda w, x: jnp.broadcast_to(w, (2, 4, 6)) * x[None],

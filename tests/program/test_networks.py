@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from jaxeff import trace
-from jaxeff.program import keep_indices
+from jaxeff.program import keep_indices, zero_indices
 from tests.conftest import PROFILE
-from tests.program.masked import distance, masked, random_keep, shrunk
 from tests.program.networks import network, OPERATIONS
+from tests.program.shrinking import distance, random_keep, shrunk
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 number = st.integers(0, 59)
@@ -51,7 +51,7 @@ def check(steps, seed, gradient=False):
         return 0
     keep = random_keep(couplings, rng, rng.choice([0.2, 0.5, 0.8]))
     small_fn, small = shrunk(fn, params, couplings, keep)
-    full = masked(params, couplings, keep)
+    full = zero_indices(params, couplings, keep)
     # Another batch size than it was traced with.
     args = rng.normal(size=(3, 4, 5)), rng.integers(0, 7, (3, 4)).astype(np.int32)
     want = jit(fn)(full, *args)

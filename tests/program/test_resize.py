@@ -13,10 +13,10 @@ from flax import linen as nn
 from jax import lax
 
 from jaxeff import lift, models, resize, trace, tree
-from jaxeff.program import keep_indices, like, make_plan, Plan
+from jaxeff.program import keep_indices, like, make_plan, Plan, zero_indices
 from tests.program.built import build, some, zoo
 from tests.program.leaves import compress, Scaled, Shy
-from tests.program.masked import distance, masked, random_keep, shrunk
+from tests.program.shrinking import distance, random_keep, shrunk
 from tests.zoo import draw, ZOO
 
 # Compiling is most of the time, and the numbers need no optimisation.
@@ -39,7 +39,7 @@ def test_shrunk_equals_masked_at_another_batch_size(case):
     keep = random_keep(couplings, rng, rng.choice([0.2, 0.5, 0.8]))
     fn, small = shrunk(model.fn, model.params, couplings, keep)
     args = another_batch(model.args, 0)
-    want = jit(model.fn)(masked(model.params, couplings, keep), *args)
+    want = jit(model.fn)(zero_indices(model.params, couplings, keep), *args)
     got = jit(fn)(small, *args)
     assert distance(got, want) < 1e-5
     if case.name != "plain_control_flow":
@@ -84,7 +84,7 @@ def test_one_index_of_each_coupling_is_enough(name):
     keep = {c.name: np.arange(c.size) == c.size // 2 for c in couplings.free}
     fn, small = shrunk(model.apply, params, couplings, keep)
     args = batch(x, 3)
-    want = jit(model.apply)(masked(params, couplings, keep), args)
+    want = jit(model.apply)(zero_indices(params, couplings, keep), args)
     assert distance(jit(fn)(small, args), want) < 1e-5
 
 
@@ -100,7 +100,7 @@ def test_one_coupling_alone_can_be_shrunk(name):
     for c in couplings.free:
         keep = {c.name: np.arange(c.size) % 2 == 0}
         fn, small = shrunk(model.apply, params, couplings, keep)
-        want = apply(masked(params, couplings, keep), args)
+        want = apply(zero_indices(params, couplings, keep), args)
         assert distance(jit(fn)(small, args), want) < 1e-5, c
 
 
@@ -127,7 +127,7 @@ def test_gradients_of_what_is_kept_are_those_of_the_masked_function(case):
     couplings = model.program.couplings
     keep = random_keep(couplings, np.random.default_rng(1))
     fn, small = shrunk(model.fn, model.params, couplings, keep)
-    full = masked(model.params, couplings, keep)
+    full = zero_indices(model.params, couplings, keep)
     want = jit(jax.grad(mean_square(model.fn)))(full, *model.args)
     got = jit(jax.grad(mean_square(fn)))(small, *model.args)
     assert distance(got, keep_indices(want, couplings, keep)) < 1e-4
@@ -141,7 +141,9 @@ def test_shrunk_can_be_batched(case):
     fn, small = shrunk(model.fn, model.params, couplings, keep)
     twice = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), model.args)
     axes = (None, *(0 for _ in twice))
-    want = jit(jax.vmap(model.fn, axes))(masked(model.params, couplings, keep), *twice)
+    want = jit(jax.vmap(model.fn, axes))(
+        zero_indices(model.params, couplings, keep), *twice
+    )
     assert distance(jit(jax.vmap(fn, axes))(small, *twice), want) < 1e-5
 
 
@@ -167,7 +169,7 @@ def test_shrinking_twice_is_masking_twice(case):
     assert sorted(c.size for c in again.free) == sizes
     keep = random_keep(again, np.random.default_rng(4), 0.6)
     fn2, small2 = shrunk(fn, small, again, keep)
-    want = jit(fn)(masked(small, again, keep), *model.args)
+    want = jit(fn)(zero_indices(small, again, keep), *model.args)
     assert distance(jit(fn2)(small2, *model.args), want) < 1e-5
 
 
@@ -340,7 +342,7 @@ def test_training_of_a_shrunk_model_updates_the_statistics_of_what_is_kept():
         p, x, train=True, mutable=["batch_stats"], rngs={"dropout": jr.key(0)}
     )[1]
     got = jit(like(fn, train_without))(small, x)["batch_stats"]
-    full = jit(train_without)(masked(params, couplings, keep), x)["batch_stats"]
+    full = jit(train_without)(zero_indices(params, couplings, keep), x)["batch_stats"]
     full = {**params, "batch_stats": full}
     want = keep_indices(full, couplings, keep)["batch_stats"]
     assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, want)
@@ -385,7 +387,7 @@ def test_leaves_lose_indices_like_arrays():
     plan = make_plan(couplings, half(couplings))
     got = lift(resize(fn, plan))(small, x)
     dense = {n: w.dense() if isinstance(w, Scaled) else w for n, w in leaves.items()}
-    want = fn(masked(dense, couplings, half(couplings)), x)
+    want = fn(zero_indices(dense, couplings, half(couplings)), x)
     assert distance(got, want) < 1e-6
 
 
@@ -461,7 +463,7 @@ def test_a_derivative_of_its_own_is_kept_at_the_smaller_size(own, inside):
     assert sorted(c.size for c in couplings.free) == [2, 4]
     keep = {c.name: np.arange(c.size) != 1 for c in couplings.free}
     small_fn, small = shrunk(fn, params, couplings, keep)
-    full = masked(params, couplings, keep)
+    full = zero_indices(params, couplings, keep)
     want = jit(jax.grad(mean_square(fn)))(full, x)
     got = jit(jax.grad(mean_square(small_fn)))(small, x)
     assert distance(got, keep_indices(want, couplings, keep)) < 1e-5

@@ -73,6 +73,7 @@ VIEWS = {
     "sliced": lambda w, x: x @ w[:3].T,
     "reversed": lambda w, x: x @ w[::-1].T,
     "behind a barrier": lambda w, x: _behind_a_barrier(w, x),
+    "split": lambda w, x: x @ jnp.split(w, [2])[1].T,
     "in a jit": lambda w, x: jax.jit(lambda w: x @ w.T)(w),
     "in a remat": lambda w, x: jax.checkpoint(lambda w, x: x @ w.T)(w, x),
     "in a custom_vjp": lambda w, x: _own(w, x),

@@ -8,7 +8,7 @@ import pytest
 
 from jaxeff import tree
 from jaxeff.models import CNN, GPT, Llama, LlamaConfig, MobileNet, ResNet
-from jaxeff.program import dense, like, trace
+from jaxeff.program import dense, like, trace, zero_indices
 from jaxeff.pruning import choose, magnitude, shrink
 from jaxeff.quantization import quantize
 from tests.zoo import draw, ZOO
@@ -19,17 +19,8 @@ LLAMA = LlamaConfig(32, 16, 24, 2, 4, 2)
 def masked(fn, params, args, fractions):
     """The weights with what `shrink` removes set to zero."""
     program = trace(fn, params, *args)
-    masks = choose(program, params, fractions, magnitude())
-
-    def mask(keypath, w):
-        path = tree.path_name(keypath)
-        for d, keep in enumerate(program.couplings.masks(path, masks)):
-            w = w * jnp.expand_dims(
-                jnp.asarray(keep, w.dtype), [i for i in range(w.ndim) if i != d]
-            )
-        return w
-
-    return jax.tree_util.tree_map_with_path(mask, params)
+    keep = choose(program, params, fractions, magnitude())
+    return zero_indices(params, program.couplings, keep)
 
 
 def every(fn, params, args, keep):

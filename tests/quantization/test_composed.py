@@ -89,6 +89,24 @@ def test_shrinking_drops_the_integers_and_scales_of_what_goes(fmt, normal):
     assert off(small_fn(small, x), matmul(dense(small), x)) < tolerance
 
 
+@pytest.mark.parametrize(
+    "fmt", [int8, int8.grouped(4), int4, int4.grouped(3), w8a8], ids=lambda f: f.name
+)
+def test_parts_of_a_fused_weight_are_multiplied_as_integers(fmt, normal):
+    params, x = {"qkv": normal(12, 33)}, normal(5, 12)
+
+    def fn(p, x):
+        q, kv = p["qkv"][:, :11], p["qkv"][:, 11:]
+        k, v = jnp.split(kv, 2, axis=1)
+        return x @ q + (x[:, 1::2] @ k[1::2]) * (x @ v)
+
+    q_fn, q = quantize(fn, params, x, formats={"*": fmt})
+    assert all(use.native for use in lift_report(q_fn, q, x))
+    expected = fn(dense(q), x)
+    tolerance = 0.05 if fmt is w8a8 else 1e-5
+    assert jnp.abs(jax.jit(q_fn)(q, x) - expected).max() < tolerance * expected.max()
+
+
 def test_shrunk_factored_and_quantized(getkey):
     fn, params, args = CASES["linen_cnn"].build(getkey())
     small_fn, small = shrink(fn, params, *args, keep=0.75)

@@ -1,27 +1,9 @@
-"""The reference for what shrinks: the same model with zeros in its weights."""
+"""What the tests of shrinking share: what to keep, and the distance of two results."""
 
 import jax
 import numpy as np
 
-from jaxeff import tree
 from jaxeff.program import keep_indices, make_plan, resize
-
-
-def masked(params, couplings, keep):
-    """The weights with the indices that `keep` drops set to zero."""
-    touched = {path for c in couplings if c.name in keep for path, _ in c.members}
-
-    def zero(keypath, x):
-        path = tree.path_name(keypath)
-        if path not in touched:
-            return x
-        for d, mask in enumerate(couplings.masks(path, keep)):
-            x = np.where(
-                mask.reshape([-1 if i == d else 1 for i in range(x.ndim)]), x, 0
-            )
-        return x
-
-    return jax.tree_util.tree_map_with_path(zero, params)
 
 
 def random_keep(couplings, rng, fraction=0.5):
