@@ -12,7 +12,7 @@ from jaxeff import lift, observe, trace
 from jaxeff.program import dense
 from tests.program.built import build, some
 from tests.program.leaves import compress, Scaled
-from tests.program.masked import distance, random_keep, shrunk
+from tests.program.shrinking import distance, random_keep, shrunk
 
 
 def the_input(site, x):

@@ -12,7 +12,7 @@ from jaxeff.program import describe, is_leaf, Leaf, like, rebuild
 from jaxeff.program.resize import Resized
 from tests.program.built import build, some
 from tests.program.leaves import compress, Scaled
-from tests.program.masked import distance, random_keep, shrunk
+from tests.program.shrinking import distance, random_keep, shrunk
 
 
 def through_json(fn, params):
