@@ -8,7 +8,7 @@ pytest := $(bin)/python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast test-latest check clean
+.PHONY: help install demo test test-slow test-latest check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -19,19 +19,19 @@ demo: $(VENV)/.base ## train a model on handwritten digits, compress it, show wh
 	rm -rf runs/demo
 	$(bin)/python scripts/compress.py --output runs/demo
 
-test: $(VENV)/.dev ## every test
-	$(pytest)
+test: $(VENV)/.dev ## the tests, but for the slow ones
+	$(pytest) -m "not slow and not gpu"
 
-test-fast: $(VENV)/.dev ## the tests of under ten seconds each
-	$(pytest) -m "not slow"
+test-slow: $(VENV)/.dev ## the tests that take longer than ten seconds each
+	$(pytest) -m "slow and not gpu"
 
-test-latest: ## the fast tests on the newest JAX, where a Python >= 3.12 is found
+test-latest: ## the same tests on the newest JAX, where a Python >= 3.12 is found
 	@python=$$(PYTHON_LATEST="$(PYTHON_LATEST)" .ci/find-python "$(PYTHON)") || exit $$?; \
 	if [ -z "$$python" ]; then \
 		echo "test-latest: not run, no working Python >= 3.12 here; name one with PYTHON=."; \
 	else \
 		echo "test-latest: $$python"; \
-		$(MAKE) --no-print-directory VENV=.venv-latest PYTHON="$$python" test-fast; \
+		$(MAKE) --no-print-directory VENV=.venv-latest PYTHON="$$python" test; \
 	fi
 
 check: $(VENV)/.dev ## lint, format, types and import layers

@@ -7,7 +7,7 @@ figure without its price cannot be compared.
 
 def _price(usd: float | int, per: str) -> float:
     if not usd >= 0:
-        raise ValueError(f"a price must be >= 0, got {usd} USD per {per}.")
+        raise ValueError(f"a price is >= 0, got {usd} USD per {per}. 0 is free.")
     return float(usd)
 
 

@@ -1,7 +1,7 @@
 """Batches put on the devices by a background thread, ahead of the step.
 
-While the devices compute one step, the thread reads, augments on the host and
-copies the next, so that the step never waits for its data.
+While the devices compute one step, the thread reads and copies the next, so that
+the step never waits for its data.
 """
 
 import queue

@@ -25,7 +25,8 @@ def text(
     """
     if not 0 < train_fraction < 1:
         raise ValueError(
-            f"train_fraction must lie between 0 and 1, got {train_fraction}."
+            f"train_fraction lies between 0 and 1, got {train_fraction}. 0.9 trains on "
+            "all but the last tenth."
         )
     path = Path(path)
     if not path.is_file():

@@ -37,7 +37,10 @@ def energy(fraction: float | int) -> Energy:
         ValueError: `fraction` is outside (0, 1].
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"the energy to keep is a fraction in (0, 1], got {fraction}.")
+        raise ValueError(
+            f"the energy to keep is a fraction in (0, 1], got {fraction}. 0.9 keeps "
+            "nine tenths of the squared singular values."
+        )
     return Energy(float(fraction))
 
 

@@ -43,7 +43,10 @@ class Autocast(Rewritten):
         ys = rule.start(
             call.jaxpr, call.inputs, weights, [t == jnp.float32 for t in outs]
         )
-        if self.dtype != jnp.float32 and self.dtype not in rule.products:
+        # Where all products are of integers, quantization has left nothing to cast.
+        quantized = any(jnp.issubdtype(t, jnp.integer) for t in rule.products)
+        done = self.dtype == jnp.float32 or self.dtype in rule.products
+        if not done and not quantized:
             raise ValueError(_nothing_to_cast(self.dtype, rule.products))
         return call.unflatten([_cast(y, t) for y, t in zip(ys, outs, strict=True)])
 

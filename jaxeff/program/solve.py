@@ -18,12 +18,14 @@ from .walk import bodies, Body, scan_counts, Where
 class Solver:
     """The dims of every array of a program, united as its equations demand.
 
+    Args:
+        exact: also fix the dims that could shrink, but only by changing the function.
+
     Attributes:
         dims: for each place in the program, the dims of the variables there.
     """
 
     def __init__(self, exact: bool = True):
-        """Whether what is only inexact, and not impossible, is fixed as well."""
         self._exact = exact
         self.dims: dict[Where, dict[Var, Dims]] = {}
 

@@ -20,7 +20,8 @@ class Program:
     Attributes:
         jaxpr: the program.
         weights: for each of its inputs the path of the weight it is, or None.
-        shapes: the dense shape of each weight, by path.
+        shapes: the shape and dtype of each weight by path; those of each array of a
+            leaf.
     """
 
     def __init__(self, call: Call):

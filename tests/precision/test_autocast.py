@@ -11,8 +11,9 @@ from jax.extend.core import Var
 from jaxeff import models
 from jaxeff.precision import autocast
 from jaxeff.precision.rules import EACH, KEEP, PRODUCTS, VIEWS
-from jaxeff.program import equations, Leaf, lift
-from jaxeff.program.walk import bodies, scan_counts
+from jaxeff.program import bodies, equations, Leaf, lift
+from jaxeff.program.walk import scan_counts
+from jaxeff.quantization import quantize, w8a8
 from jaxeff.tree import pytree
 from tests.zoo import ZOO
 
@@ -284,6 +285,12 @@ def test_autocast_of_autocast_keeps_the_inner_choice(getkey):
     assert jnp.array_equal(outer(w, x), inner(w, x))
     with pytest.raises(ValueError, match=r"nothing runs in float16.*1 in bfloat16"):
         autocast(inner, jnp.float16)(w, x)
+
+
+def test_a_function_whose_products_are_all_integers_is_run_as_it_is(normal):
+    params, x = {"w": normal(8, 4)}, normal(2, 8)
+    fn, q = quantize(lambda p, x: x @ p["w"], params, x, formats={"*": w8a8})
+    assert jnp.array_equal(autocast(fn)(q, x), fn(q, x))
 
 
 def test_a_function_without_a_product_to_cast_is_refused():
