@@ -26,15 +26,19 @@ from .lift import (
 )
 from .observe import observe as observe, Observed as Observed
 from .resize import (
-    keep_indices as keep_indices,
     like as like,
     make_plan as make_plan,
     Plan as Plan,
     resize as resize,
-    zero_indices as zero_indices,
 )
 from .saved import describe as describe, rebuild as rebuild
 from .sites import reshape_groups as reshape_groups, Site as Site
+from .slicing import (
+    Keep as Keep,
+    keep_in_state as keep_in_state,
+    keep_indices as keep_indices,
+    zero_indices as zero_indices,
+)
 from .table import notes as notes, table as table
 from .trace import Program as Program, trace as trace
 from .walk import bodies as bodies, equations as equations, Where as Where

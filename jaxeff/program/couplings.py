@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 from jax.extend.core import ClosedJaxpr
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
-from .dims import atoms, Dim, find, fix, index_sum, kept
+from .dims import atoms, Dim, find, fix, kept, occurrences
 from .rules import Dims
 from .solve import Solver
 from .walk import needed
@@ -30,6 +30,7 @@ class Coupling:
     size: int
     members: tuple[tuple[str, int], ...]  # (path of a weight, dim of it)
     reason: str | None  # why it is frozen; None: indices can be removed
+    inexact: bool  # why it is frozen: the function would not stay exactly the same
     atom: Dim = dataclasses.field(repr=False)
 
     @property
@@ -65,7 +66,8 @@ class Couplings(Sequence[Coupling]):
 
         `x` joins factors, `+` parts one after another; `*` marks what is frozen.
         """
-        names = {find(c.atom): c.name + "*" * c.frozen for c in self.all}
+        frozen = {c.name for c in self.all if c.frozen}
+        names = {a: n + "*" * (n in frozen) for a, n in self._names.items()}
 
         def spell(d: Dim) -> str:
             d = find(d)
@@ -103,13 +105,34 @@ class Couplings(Sequence[Coupling]):
         chosen = (
             self.free if names is None else [c for c in self.all if c.name in names]
         )
-        totals = {find(c.atom): np.zeros(c.size) for c in chosen}
+        totals = {c.name: np.zeros(c.size) for c in chosen}
         for path, array in values.items():
-            for d, dim in enumerate(self.dims[path]):
-                if any(a in totals for a in atoms(dim)):
-                    others = tuple(i for i in range(array.ndim) if i != d)
-                    index_sum(dim, np.asarray(array.sum(others), float), totals)
-        return {c.name: totals[find(c.atom)] for c in chosen}
+            for d in range(array.ndim):
+                found = [f for f in self.occurrences(path, d) if f[0] in totals]
+                if not found:
+                    continue
+                others = tuple(i for i in range(array.ndim) if i != d)
+                line = np.asarray(array.sum(others), float)
+                for name, index in found:
+                    inside = index >= 0
+                    np.add.at(totals[name], index[inside], line[inside])
+        return totals
+
+    def occurrences(
+        self, path: str, dim: int
+    ) -> list[tuple[str, Int[np.ndarray, " _"]]]:
+        """The couplings that a dim of a weight is made of, by name.
+
+        With each comes, for every index of the dim, which index of the coupling it
+        belongs to; -1 where it belongs to another part. A coupling that a dim holds
+        twice comes twice.
+        """
+        found = occurrences(self.dims[path][dim])
+        return [(self._names[a], index) for a, index in found if a in self._names]
+
+    @functools.cached_property
+    def _names(self) -> dict[Dim, str]:
+        return {find(c.atom): c.name for c in self.all}
 
     def __str__(self) -> str:
         lines = []
@@ -163,7 +186,7 @@ def _collect(weights: Mapping[str, Dims]) -> Iterator[Coupling]:
                     members.setdefault(atom, {})[path, d] = None
     for i, (atom, where) in enumerate(members.items()):
         reason = _spelled(atom.reason)
-        yield Coupling(f"c{i}", atom.size, tuple(where), reason, atom)
+        yield Coupling(f"c{i}", atom.size, tuple(where), reason, atom.inexact, atom)
 
 
 def _spelled(reason: Callable[[], str] | Any) -> str | None:

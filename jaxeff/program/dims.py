@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 
 class Conflict(ValueError):
@@ -30,6 +30,7 @@ class Dim:
     parts: tuple["Dim", ...] = ()
     link: "Dim | None" = None  # the dim that it was united with
     reason: Callable[[], str] | None = None  # why its indices must all stay
+    inexact: bool = False  # the reason: they can go, but not exactly
     new: int | None = None  # its size in the program to be run, if that is smaller
 
 
@@ -74,24 +75,25 @@ def kept(d: Dim, masks: Mapping[Dim, Bool[np.ndarray, " _"]]) -> Bool[np.ndarray
     return masks.get(d, np.ones(d.size, bool))
 
 
-def index_sum(d: Dim, values: np.ndarray, into: Mapping[Dim, np.ndarray]) -> None:
-    """Adds a number for each index of a dim to the indices of its atoms.
+def occurrences(d: Dim) -> Iterator[tuple[Dim, Int[np.ndarray, " _"]]]:
+    """Where a dim holds each of its atoms: the atom's index at each index of `d`.
 
-    An index of an atom receives the sum over all indices of `d` it is part of.
+    -1 stands where it is another part of a concatenation.
     """
     d = find(d)
-    if d.kind == "cat":
-        at = 0
-        for part in d.parts:
-            index_sum(part, values[at : at + part.size], into)
-            at += part.size
-    elif d.kind == "prod":
-        grid = values.reshape([p.size for p in d.parts])
-        for i, part in enumerate(d.parts):
-            others = tuple(j for j in range(grid.ndim) if j != i)
-            index_sum(part, grid.sum(others), into)
-    elif d in into:
-        into[d][...] += values
+    if d.kind == "atom":
+        yield d, np.arange(d.size)
+    shape = [p.size for p in d.parts]
+    for i, part in enumerate(d.parts):
+        for atom, index in occurrences(part):
+            if d.kind == "cat":
+                at = sum(shape[:i])
+                out = np.full(d.size, -1)
+                out[at : at + part.size] = index
+            else:
+                others = [j for j in range(len(shape)) if j != i]
+                out = np.broadcast_to(np.expand_dims(index, others), shape).reshape(-1)
+            yield atom, out
 
 
 def product(parts: Sequence[Dim]) -> Dim:
@@ -114,16 +116,19 @@ def concat(parts: Sequence[Dim]) -> Dim:
     return Dim(sum(p.size for p in flat), "cat" if flat else "atom", tuple(flat))
 
 
-def fix(d: Dim, reason: Callable[[], str]) -> Dim:
-    """Says that all indices of a dim must stay, and why."""
+def fix(d: Dim, reason: Callable[[], str], inexact: bool = False) -> Dim:
+    """Says that all indices of a dim must stay, and why.
+
+    `inexact` says that they could go, if the function may change by it.
+    """
     for atom in atoms(d):
         if atom.new is not None:
             raise Conflict(
                 f"a dim of size {atom.size} was shrunk to {atom.new}, but must keep "
                 f"its size: {reason()}."
             )
-        if atom.reason is None:
-            atom.reason = reason
+        if atom.reason is None or (atom.inexact and not inexact):
+            atom.reason, atom.inexact = reason, inexact
     return d
 
 
@@ -138,7 +143,7 @@ def _become(d: Dim, kind: str, parts: tuple[Dim, ...]) -> None:
     d.kind, d.parts = kind, parts
     if d.reason is not None:
         for part in parts:
-            part.reason = d.reason
+            part.reason, part.inexact = d.reason, d.inexact
 
 
 def cut(d: Dim, at: int) -> tuple[Dim, Dim] | None:
@@ -229,7 +234,7 @@ def _unite_atom(a: Dim, b: Dim) -> None:
         if b.kind == "atom" and b.new is None:
             b.new = a.new
             if b.reason is not None:
-                fix(b, b.reason)
+                fix(b, b.reason, b.inexact)
         else:
             # Even to the same size: nothing says that the same indices stayed.
             raise Conflict(
@@ -238,7 +243,7 @@ def _unite_atom(a: Dim, b: Dim) -> None:
                 "two one."
             )
     if a.reason is not None:
-        fix(b, a.reason)
+        fix(b, a.reason, a.inexact)
 
 
 def _align(a: Dim, b: Dim, reason: Callable[[], str]) -> bool:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn
-from jaxtyping import Bool, PyTree
+from jaxtyping import Bool
 
 from jaxeff import tree
 
@@ -28,7 +28,6 @@ from .call import Call, inner, Rewritten
 from .couplings import Couplings
 from .dims import Conflict, cut, Dim, expression, find, fix, from_expression, new_size
 from .interpret import Interpreter, is_inexact
-from .leaf import is_leaf, keep as keep_along
 from .rules import conv_groups, cut_out, Dims
 from .solve import Solver
 from .walk import Where
@@ -74,12 +73,23 @@ class Plan:
         return {path: tuple(build(dims)) for path, dims in self.dims.items()}
 
 
-def make_plan(couplings: Couplings, keep: Mapping[str, Bool[np.ndarray, " _"]]) -> Plan:
+def make_plan(
+    couplings: Couplings,
+    keep: Mapping[str, Bool[np.ndarray, " _"]],
+    *,
+    inexact: bool = False,
+) -> Plan:
     """The plan that keeps, of the couplings named, the indices that are True.
 
+    Args:
+        couplings: of the program.
+        keep: for couplings, by name, which indices stay (True). None at all: what
+            the coupling carries is zero, as in a residual block that is left out.
+        inexact: allow couplings that are frozen only because the function would not
+            stay exactly the same.
+
     Raises:
-        ValueError: a coupling is unknown or frozen, a mask has the wrong length
-            or keeps nothing.
+        ValueError: a coupling is unknown or frozen, or a mask has the wrong length.
     """
     by_name = {c.name: c for c in couplings}
     sizes = {}
@@ -91,12 +101,12 @@ def make_plan(couplings: Couplings, keep: Mapping[str, Bool[np.ndarray, " _"]]) 
                 f"{', '.join(near)}."
             )
         c = by_name[name]
-        if c.frozen:
+        if c.frozen and not (inexact and c.inexact):
             raise ValueError(f"coupling {name} is frozen: {c.reason}.")
-        if mask.shape != (c.size,) or not mask.any():
+        if mask.shape != (c.size,):
             raise ValueError(
-                f"the mask of coupling {name} has shape {mask.shape} and keeps "
-                f"{int(mask.sum())}: it needs shape ({c.size},) and at least one True."
+                f"the mask of coupling {name} has shape {mask.shape}: it needs "
+                f"({c.size},), True where an index stays."
             )
         if not mask.all():
             sizes[name] = (c.size, int(mask.sum()))
@@ -108,52 +118,6 @@ def make_plan(couplings: Couplings, keep: Mapping[str, Bool[np.ndarray, " _"]]) 
         for path in touched
     }
     return Plan(sizes, dims)
-
-
-def keep_indices(
-    params: PyTree, couplings: Couplings, keep: Mapping[str, Bool[np.ndarray, " _"]]
-) -> PyTree:
-    """The weights, compressed or not, without the indices that `keep` drops.
-
-    Args:
-        params: the weights that `couplings` was found for.
-        couplings: of their program.
-        keep: for couplings, by name, which indices stay (True).
-    """
-    touched = {p for c in couplings if c.name in keep for p, _ in c.members}
-
-    def smaller(keypath, x):
-        path = tree.path_name(keypath)
-        if path not in touched:
-            return x
-        for d, mask in enumerate(couplings.masks(path, keep)):
-            if not mask.all():
-                x = keep_along(x, d, mask)
-        return x
-
-    return jax.tree_util.tree_map_with_path(smaller, params, is_leaf=is_leaf)
-
-
-def zero_indices(
-    params: PyTree, couplings: Couplings, keep: Mapping[str, Bool[np.ndarray, " _"]]
-) -> PyTree:
-    """The weights, none compressed, with zeros at the indices that `keep` drops.
-
-    Law: `resize` with `keep_indices` computes what the function as it was computes
-    with these.
-    """
-    touched = {p for c in couplings if c.name in keep for p, _ in c.members}
-
-    def masked(keypath, x):
-        path = tree.path_name(keypath)
-        if path not in touched:
-            return x
-        for d, mask in enumerate(couplings.masks(path, keep)):
-            others = [i for i in range(x.ndim) if i != d]
-            x = jnp.where(np.expand_dims(mask, others), x, 0)
-        return x
-
-    return jax.tree_util.tree_map_with_path(masked, params)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by `jit`, so by identity

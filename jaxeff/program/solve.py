@@ -31,7 +31,7 @@ class Solver:
 
     def exact(self, d: Dim, reason: Callable[[], str]) -> Dim:
         """Fixes a dim that cannot shrink without changing the function."""
-        return fix(d, reason) if self._exact else d
+        return fix(d, reason, inexact=True) if self._exact else d
 
     def read(self, v: Any, where: Where) -> Dims:
         """The dims of a variable at a place, or of a literal."""

@@ -17,9 +17,9 @@ from jaxeff.program.dims import (
     find,
     fix,
     from_expression,
-    index_sum,
     kept,
     new_size,
+    occurrences,
     product,
     unite,
 )
@@ -127,17 +127,32 @@ def test_the_new_size_is_the_number_of_indices_kept(data, pairs, seed):
 
 
 @given(expressions(1), seeds)
-def test_an_index_receives_the_sum_over_all_it_is_part_of(data, seed):
+def test_occurrences_say_where_each_index_of_an_atom_is(data, seed):
     (d,) = build(data)
-    assume(len(list(atoms(d))) == len(set(atoms(d))))  # each atom once
-    values = np.random.default_rng(seed).normal(size=d.size)
-    sums = {a: np.zeros(a.size) for a in atoms(d)}
-    index_sum(d, values, sums)
-    for a in sums:
+    found = list(occurrences(d))
+    assert [a for a, _ in found] == list(atoms(d))
+    for a in set(atoms(d)):
         for i in range(a.size):
-            masks = {a: np.arange(a.size) != i}
-            removed = ~kept(d, masks)
-            np.testing.assert_allclose(sums[a][i], values[removed].sum(), atol=1e-12)
+            removed = ~kept(d, {a: np.arange(a.size) != i})
+            at = np.any([index == i for b, index in found if b is a], axis=0)
+            np.testing.assert_array_equal(removed, at)
+
+
+def test_what_can_not_shrink_at_all_outweighs_what_can_not_exactly():
+    hard, soft = lambda: "hard", lambda: "soft"
+    for first, second in ((hard, soft), (soft, hard)):
+        d = Dim(4)
+        fix(d, first, first is soft)
+        fix(d, second, second is soft)
+        assert d.reason is hard and not d.inexact
+    a, b = Dim(4), Dim(4)
+    fix(a, soft, inexact=True)
+    fix(b, hard)
+    united = unite(a, b, WHY)
+    assert united.reason is hard and not united.inexact
+    whole = fix(Dim(6), soft, inexact=True)
+    left, right = cut(whole, 2)
+    assert left.inexact and right.inexact and left.reason is soft
 
 
 @given(expressions(2), seeds)

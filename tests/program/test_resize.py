@@ -241,7 +241,6 @@ BAD_PLANS = {
     ),
     "frozen": ({"c0": np.arange(5) < 2}, "c0 is frozen: it is a dim of the inputs"),
     "of another length": ({"c1": np.ones(4, bool)}, r"it needs shape \(8,\)"),
-    "empty": ({"c1": np.zeros(8, bool)}, "at least one True"),
 }
 
 
