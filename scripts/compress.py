@@ -30,7 +30,7 @@ from jaxeff import cost, data, models, parallelism
 from jaxeff.distillation import response_loss, taught
 from jaxeff.lowrank import energy, factorize
 from jaxeff.program import like
-from jaxeff.pruning import shrink
+from jaxeff.pruning import shrink_in_rounds
 from jaxeff.quantization import int4, int8, quantize, w8a8
 from jaxeff.training import (
     accuracy,
@@ -99,7 +99,9 @@ class Config:
     finetune_learning_rate: float = 2e-3
     """Of AdamW when fine-tuning, at its peak."""
     keep: float = 0.5
-    """Fraction of each coupling's channels that stay, in (0, 1]."""
+    """Fraction of each coupling's channels that stay, in (0, 1)."""
+    rounds: int = 1
+    """Shrink a little and fine-tune so often, instead of once."""
     retained_energy: float = 0.7
     """Fraction of each kernel's squared singular values that low-rank keeps."""
     temperature: float = 4.0
@@ -307,15 +309,23 @@ def compress(run: Run) -> list[Version]:
     fn, params = dense.fn, dense.params
 
     def shrunk_by(name: str, distilled: bool) -> Version:
-        small_fn, small = shrink(fn, params, x, keep=config.keep)
-        small, seconds = run.fit(
-            name,
-            small,
-            like(small_fn, run.train_fn),
-            teacher=dense if distilled else None,
-            epochs=run.plan.finetune_epochs,
-            learning_rate=config.finetune_learning_rate,
-        )
+        seconds = 0.0
+
+        def finetune(n: int, small_fn: Callable, small: Any) -> Any:
+            nonlocal seconds
+            small, more = run.fit(
+                name if config.rounds == 1 else f"{name}, round {n + 1}",
+                small,
+                like(small_fn, run.train_fn),
+                teacher=dense if distilled else None,
+                epochs=run.plan.finetune_epochs / config.rounds,
+                learning_rate=config.finetune_learning_rate,
+            )
+            seconds += more
+            return small
+
+        options = {"keep": config.keep, "rounds": config.rounds}
+        small_fn, small = shrink_in_rounds(fn, params, x, finetune=finetune, **options)
         return Version(name, small_fn, small, seconds)
 
     def low_rank(name: str) -> Version:
@@ -459,15 +469,14 @@ def check(config: Config) -> None:
             "this measures one machine, so it runs as one process, on all its "
             "devices. Train on several machines with scripts/train.py, then --load."
         )
-    for name, below_one in (("keep", False), ("retained_energy", True)):
+    for name in ("keep", "retained_energy"):
         value = getattr(config, name)
-        if not 0 < value <= 1 or (below_one and value == 1):
-            end = ")" if below_one else "]"
+        if not 0 < value < 1:
             raise ValueError(
-                f"--{name.replace('_', '-')} is a fraction in (0, 1{end}, got {value}. "
-                "0.5 is half."
+                f"--{name.replace('_', '-')} is a fraction in (0, 1), got {value}. 0.5 "
+                "is half."
             )
-    counts = ("epochs", "finetune_epochs", "batch_size", "latency_batch")
+    counts = ("rounds", "epochs", "finetune_epochs", "batch_size", "latency_batch")
     amounts = ("learning_rate", "finetune_learning_rate", "temperature")
     for name in (*counts, *amounts, "usd_per_hour"):
         value = getattr(config, name)

@@ -25,6 +25,7 @@ from .lift import (
     unlift as unlift,
 )
 from .observe import observe as observe, Observed as Observed
+from .reach import data_reaches as data_reaches
 from .resize import (
     like as like,
     make_plan as make_plan,

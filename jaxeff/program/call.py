@@ -39,6 +39,7 @@ class Call:
     constant of the trace, as it would be for `fn` itself.
 
     Attributes:
+        fn: the function.
         inputs: the arrays and leaves among the operands, in JAX's order.
         weights: for each input its path in `params`, or None for data.
         jaxpr: the program on `inputs`, each as its dense shape.
@@ -67,6 +68,7 @@ class Call:
             params, args, kwargs = jax.tree.unflatten(treedef, filled)
             return fn(params, *args, **kwargs)
 
+        self.fn = fn
         self.inputs = [values[i] for i in dynamic]
         self.weights = [names[i] for i in dynamic]
         make = jax.make_jaxpr(traced, return_shape=True)

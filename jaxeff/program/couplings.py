@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from jax.extend.core import ClosedJaxpr
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Int
 
 from .dims import atoms, Dim, find, fix, kept, occurrences
 from .rules import Dims
@@ -94,17 +94,18 @@ class Couplings(Sequence[Coupling]):
         return [kept(d, by_atom) for d in self.dims[path]]
 
     def sums(
-        self, values: Mapping[str, np.ndarray], *, names: Sequence[str] | None = None
+        self,
+        values: Mapping[str, Array | np.ndarray],
+        *,
+        names: Sequence[str] | None = None,
     ) -> dict[str, np.ndarray]:
-        """For each free coupling, the sum of `values` over what each index removes.
+        """For each coupling, the sum of `values` over what each index removes.
 
         Args:
             values: for weights, by path, one number per element.
             names: only these couplings.
         """
-        chosen = (
-            self.free if names is None else [c for c in self.all if c.name in names]
-        )
+        chosen = [c for c in self.all if names is None or c.name in names]
         totals = {c.name: np.zeros(c.size) for c in chosen}
         for path, array in values.items():
             for d in range(array.ndim):

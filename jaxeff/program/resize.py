@@ -253,6 +253,8 @@ class _Resize(Interpreter):
         ins = [self.solver.read(v, scope) for v in eqn.invars]
         out = self.sizes(eqn.outvars[0], scope)
         changed = rule(eqn, ins, [self.solver.read(v, scope) for v in eqn.outvars], out)
+        if changed.get("feature_group_count") == 0:  # no channel is left to sum over
+            return [jnp.zeros(out, eqn.outvars[0].aval.dtype)]
         params = {**eqn.primitive.get_bind_params(eqn.params), **changed}
         with eqn.ctx.manager:
             outs = eqn.primitive.bind(*args, **params)

@@ -231,6 +231,26 @@ def weight_origins(jaxpr: ClosedJaxpr, weights: Sequence[Any]) -> list[Origin | 
     ]
 
 
+def find_scales(jaxpr: ClosedJaxpr, weights: Sequence[Any]) -> list[str]:
+    """The weights of one dim that multiply something else entry by entry.
+
+    They are the scales of norms and of layers: one number for each channel. (Along
+    the dims that a scan slices there may be one such vector for each layer.)
+    """
+    found: dict[str, None] = {}
+
+    def visit(where, eqn, origins, times):
+        if eqn.primitive.name != "mul":
+            return
+        for origin, other in (origins, origins[::-1]):
+            if origin is not None and other is None:
+                if sum(map(bool, origin.dims)) == 1:
+                    found[origin.path] = None
+
+    follow(jaxpr, weight_origins(jaxpr, weights), visit)
+    return list(found)
+
+
 def _site(eqn: JaxprEqn, operand: int, o: Origin, ndim: int) -> dict | None:
     """What each dim of the weight does at `eqn`, or None if it is no site."""
     name = eqn.primitive.name

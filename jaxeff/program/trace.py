@@ -10,7 +10,7 @@ from jax.extend.core import ClosedJaxpr
 from .call import Call
 from .costs import Costs, count
 from .couplings import Couplings, find_couplings
-from .sites import find_sites, Site
+from .sites import find_scales, find_sites, Site
 from .table import table
 
 
@@ -38,6 +38,11 @@ class Program:
     def sites(self) -> list[Site]:
         """Where each weight meets data."""
         return find_sites(self.jaxpr, self.weights)
+
+    @functools.cached_property
+    def scales(self) -> list[str]:
+        """The weights that scale channels, one number for each, as those of norms."""
+        return find_scales(self.jaxpr, self.weights)
 
     @functools.cached_property
     def couplings(self) -> Couplings:

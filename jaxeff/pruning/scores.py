@@ -1,25 +1,39 @@
-"""How much each element of each weight matters, to decide which indices go.
+"""How much each index of each coupling matters: what the weights alone say.
 
-A score maps the traced program and the weights, by path, to one number for each
-element of some of them. `shrink` adds them up over everything that leaves with
-an index: a channel's filter, its bias, its row in the next kernel.
+A score maps the traced program and the weights to one number for each index of
+each coupling it can judge; the larger, the more it matters. Whatever multiplies
+data and leaves with an index has a say: a channel's filter, and its row in the next
+kernel. `gradients.py` and `outputs.py` have the scores that look at data. Anyone can
+write another one: `program.couplings.sums` adds numbers for elements up.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float, PyTree
 
+from jaxeff import tree
 from jaxeff.program import Program
 
-Score = Callable[[Program, Mapping[str, Array]], Mapping[str, np.ndarray]]
+Scores = Mapping[str, Any]  # for each coupling, by name, an array of its size
+Score = Callable[[Program, PyTree], Scores]
+
+
+def multiplying(program: Program, params: PyTree) -> dict[str, Array]:
+    """The weights that multiply data, by path: kernels and tables.
+
+    A large running variance says nothing about the channel that it normalises.
+    """
+    weights = tree.paths(params)
+    return {
+        path: weights[path] for path in dict.fromkeys(s.path for s in program.sites)
+    }
 
 
 def magnitude(order: int = 2) -> Score:
-    """Scores by size: an index's score is the p-norm (to the p) of what it removes.
-
-    Only weights that multiply data count: a large running variance says nothing
-    about the channel it normalises.
+    """The size of what leaves: its p-norm, to the power of p.
 
     Args:
         order: p. 1: Li et al. 2017, arXiv:1608.08710, section 3.1; 2: the
@@ -33,11 +47,102 @@ def magnitude(order: int = 2) -> Score:
             f"the order of a norm is at least 1, got {order}: take 1 or 2."
         )
 
-    def score(program: Program, weights: Mapping[str, Array]) -> dict[str, np.ndarray]:
-        used = dict.fromkeys(site.path for site in program.sites)
-        return {
-            path: np.abs(np.asarray(weights[path], np.float64)) ** order
-            for path in used
+    def score(program: Program, params: PyTree) -> Scores:
+        power = lambda w: np.abs(np.asarray(w, np.float64)) ** order
+        kernels = multiplying(program, params)
+        return program.couplings.sums({p: power(w) for p, w in kernels.items()})
+
+    return score
+
+
+def norm_scale() -> Score:
+    """The size of the scale of the norm behind a channel, |gamma|.
+
+    It judges the couplings that have such a scale, of batch norms or others.
+
+    Source: Liu et al. 2017 (network slimming), arXiv:1708.06519, section 3.
+    """
+
+    def score(program: Program, params: PyTree) -> Scores:
+        weights = tree.paths(params)
+        scales = {p: np.abs(np.asarray(weights[p], float)) for p in program.scales}
+        with_scale = {
+            c.name
+            for c in program.couplings
+            if any(path in scales for path, _ in c.members)
         }
+        totals = program.couplings.sums(scales)
+        return {name: x for name, x in totals.items() if name in with_scale}
+
+    return score
+
+
+def lamp() -> Score:
+    """An index's squared norm, over those of all indices that are no smaller.
+
+    It makes couplings comparable: the largest index of each has the score 1, so
+    together with `scope="global"` no coupling loses it.
+
+    Source: Lee et al. 2021, arXiv:2010.07611, equation 3 (there for single weights).
+    """
+
+    def score(program: Program, params: PyTree) -> Scores:
+        return {name: _lamp(x) for name, x in magnitude(2)(program, params).items()}
+
+    return score
+
+
+def _lamp(squares: Float[np.ndarray, " size"]) -> Float[np.ndarray, " size"]:
+    order = np.argsort(-squares, kind="stable")
+    out = np.empty_like(squares)
+    # A coupling that is zero altogether has nothing to compare.
+    out[order] = squares[order] / np.maximum(np.cumsum(squares[order]), 1e-300)
+    return out
+
+
+def geometric_median() -> Score:
+    """How far an index's filters are from the others': what is alike is redundant.
+
+    The sum of the Euclidean distances to all other filters, over all the kernels
+    that put the channel out.
+
+    Source: He et al. 2019 (FPGM), arXiv:1811.00250, section 3.3.
+    """
+
+    def score(program: Program, params: PyTree) -> Scores:
+        totals: dict[str, np.ndarray] = {}
+        for name, filters in _filters(program, tree.paths(params)):
+            squares = np.sum(filters**2, 1)
+            apart = squares[:, None] + squares - 2 * filters @ filters.T
+            distance = np.sqrt(np.maximum(apart, 0)).sum(1)
+            totals[name] = totals.get(name, 0) + distance
+        return totals
+
+    return score
+
+
+def _filters(
+    program: Program, weights: Mapping[str, Array]
+) -> Iterator[tuple[str, Float[np.ndarray, "size _"]]]:
+    """For each coupling and each kernel that puts it out, a row for each index."""
+    outputs = dict.fromkeys((s.path, d) for s in program.sites for d in s.output)
+    for path, dim in outputs:
+        w = np.asarray(jnp.moveaxis(weights[path], dim, 0), np.float64)
+        for name, index in program.couplings.occurrences(path, dim):
+            inside = np.flatnonzero(index >= 0)
+            order = inside[np.argsort(index[inside], kind="stable")]
+            yield name, w[order].reshape(index.max() + 1, -1)
+
+
+def random(seed: int = 0) -> Score:
+    """Chance: what every other score has to beat.
+
+    Args:
+        seed: of the numbers drawn.
+    """
+
+    def score(program: Program, params: PyTree) -> Scores:
+        rng = np.random.default_rng(seed)
+        return {c.name: rng.random(c.size) for c in program.couplings}
 
     return score

@@ -8,23 +8,17 @@ import pytest
 
 from jaxeff import tree
 from jaxeff.models import CNN, GPT, Llama, LlamaConfig, MobileNet, ResNet
-from jaxeff.program import dense, like, trace, zero_indices
-from jaxeff.pruning import choose, magnitude, shrink
+from jaxeff.program import dense, like
+from jaxeff.pruning import select, shrink, shrink_in_rounds
 from jaxeff.quantization import quantize
 from tests.zoo import draw, ZOO
 
 LLAMA = LlamaConfig(32, 16, 24, 2, 4, 2)
 
 
-def masked(fn, params, args, fractions):
+def masked(fn, params, args, **options):
     """The weights with what `shrink` removes set to zero."""
-    program = trace(fn, params, *args)
-    keep = choose(program, params, fractions, magnitude())
-    return zero_indices(params, program.couplings, keep)
-
-
-def every(fn, params, args, keep):
-    return {c.name: keep for c in trace(fn, params, *args).couplings.free}
+    return select(fn, params, *args, **options).zeroed(params)
 
 
 MODELS = {
@@ -48,7 +42,7 @@ def test_a_shrunk_model_equals_the_masked_one_at_any_batch_size(name, getkey):
     x = inputs(2)
     params = draw(getkey(), jax.eval_shape(model.init, jr.key(0), x))
     fn, small = shrink(model.apply, params, x, keep=0.5)
-    zeroed = masked(model.apply, params, (x,), every(model.apply, params, (x,), 0.5))
+    zeroed = masked(model.apply, params, (x,))
     assert tree.tree_size(small) < 0.6 * tree.tree_size(params)
     y = inputs(3)
     expected, got = jax.jit(model.apply)(zeroed, y), jax.jit(fn)(small, y)
@@ -60,17 +54,15 @@ def test_gradients_of_the_shrunk_are_those_of_the_masked_where_it_kept(name, get
     case = next(c for c in ZOO if c.name == name)
     fn, params, args = case.build(getkey())
     small_fn, small = shrink(fn, params, *args, keep=0.5)
-    zeroed = masked(fn, params, args, every(fn, params, args, 0.5))
+    chosen = select(fn, params, *args)
     loss = lambda f: (
         lambda p: sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(f(p, *args)))
     )
     grads = jax.jit(jax.grad(loss(small_fn), allow_int=True))(small)
-    full = jax.jit(jax.grad(loss(fn), allow_int=True))(zeroed)
-    program = trace(fn, params, *args)
-    masks = choose(program, params, every(fn, params, args, 0.5), magnitude())
+    full = jax.jit(jax.grad(loss(fn), allow_int=True))(chosen.zeroed(params))
     for path, g in tree.paths(grads).items():
         kept = tree.paths(full)[path]
-        for d, mask in enumerate(program.couplings.masks(path, masks)):
+        for d, mask in enumerate(chosen.couplings.masks(path, chosen.keep)):
             kept = jnp.compress(mask, kept, axis=d)
         assert jnp.allclose(g, kept, rtol=1e-3, atol=1e-5), path
 
@@ -80,10 +72,8 @@ def test_the_best_scored_stay_and_a_users_own_score_decides(getkey):
     x = jnp.ones((1, 8, 8, 1))
     params = draw(getkey(), jax.eval_shape(model.init, jr.key(0), x))
 
-    def first_channels(program, weights):
-        shape = weights["params/conv_0_0/kernel"].shape
-        rank = np.broadcast_to(-np.arange(shape[-1]), shape)
-        return {"params/conv_0_0/kernel": rank}
+    def first_channels(program, params):
+        return {c.name: -np.arange(c.size) for c in program.couplings}
 
     _, small = shrink(model.apply, params, x, keep=0.5, score=first_channels)
     kernel = params["params"]["conv_0_0"]["kernel"]
@@ -113,7 +103,7 @@ def test_shrinking_a_quantized_model_slices_its_integers(getkey):
     params = draw(getkey(), jax.eval_shape(model.init, jr.key(0), x))
     q_fn, q = quantize(model.apply, params, x)
     fn, small = shrink(q_fn, q, x, keep=0.5)
-    zeroed = masked(model.apply, dense(q), (x,), every(model.apply, params, (x,), 0.5))
+    zeroed = masked(model.apply, dense(q), (x,))
     assert tree.tree_bytes(small) < 0.6 * tree.tree_bytes(q)
     assert jnp.allclose(fn(small, x), model.apply(zeroed, x), rtol=1e-3, atol=1e-4)
 
@@ -135,12 +125,11 @@ def test_dropout_and_batch_statistics_follow_the_shrunk_model(getkey):
     assert like(fn, dropped)(small, x, getkey()).shape == (4, 5)
 
 
-@pytest.mark.parametrize("keep", [0, -0.5, 1.5, {"**": 2.0}])
-def test_a_fraction_outside_zero_to_one_is_refused(keep, getkey):
-    case = next(c for c in ZOO if c.name == "plain_mlp")
-    fn, params, args = case.build(getkey())
-    with pytest.raises(ValueError, match=r"\(0, 1\]"):
-        shrink(fn, params, *args, keep=keep)
+@pytest.mark.parametrize("keep", [-0.5, 1.5, {"**": 2.0}])
+def test_a_fraction_outside_zero_to_one_is_refused(keep):
+    fn, params, x = mlp()
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        shrink(fn, params, x, keep=keep)
 
 
 def test_a_pattern_that_chooses_nothing_says_what_stands_against_it(getkey):
@@ -165,10 +154,12 @@ def mlp():
     return lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], params, jnp.ones((1, 3))
 
 
-def test_keeping_all_is_the_function_and_its_weights():
+def test_to_remove_nothing_is_an_error():
     fn, params, x = mlp()
-    same, weights = shrink(fn, params, x, keep=1.0)
-    assert same is fn and all(weights[n] is params[n] for n in params)
+    with pytest.raises(ValueError, match=r"nothing would be removed.*6 indices"):
+        shrink(fn, params, x, keep=1.0)
+    with pytest.raises(ValueError, match="multiple=8 leave all"):
+        shrink(fn, params, x, keep=0.9, multiple=8)
 
 
 def test_at_least_one_index_of_a_coupling_stays():
@@ -180,10 +171,7 @@ def test_at_least_one_index_of_a_coupling_stays():
 def test_among_equals_the_first_stay():
     fn, params, x = mlp()
     params = {"a": jnp.ones((3, 6)) * jnp.arange(3.0)[:, None], "b": jnp.ones((6, 2))}
-    program = trace(fn, params, x)
-    (mask,) = choose(
-        program, params, every(fn, params, (x,), 0.5), magnitude()
-    ).values()
+    (mask,) = select(fn, params, x).keep.values()
     assert mask.tolist() == [True] * 3 + [False] * 3
 
 
@@ -191,3 +179,29 @@ def test_shapes_have_no_values_to_choose_by():
     fn, params, x = mlp()
     with pytest.raises(ValueError, match="only shapes are given"):
         shrink(fn, jax.eval_shape(lambda: params), x)
+
+
+def test_rounds_reach_the_same_widths_and_train_in_between():
+    fn, params, x = mlp()
+    seen = []
+
+    def finetune(n, fn, params):
+        seen.append((n, params["a"].shape[1], fn(params, x).shape))
+        return {**params, "b": params["b"] * 2}
+
+    small_fn, small = shrink_in_rounds(
+        fn, params, x, rounds=3, finetune=finetune, keep=1 / 3
+    )
+    assert seen == [(0, 4, (1, 2)), (1, 3, (1, 2)), (2, 2, (1, 2))]
+    kept = [np.flatnonzero((params["a"] == w[:, None]).all(0)) for w in small["a"].T]
+    kept = np.concatenate(kept)
+    expected = jax.nn.relu(x @ params["a"][:, kept]) @ (8 * params["b"][kept])
+    assert jnp.allclose(small_fn(small, x), expected)
+
+
+@pytest.mark.parametrize("rounds, keep", [(0, 0.5), (2, 0)])
+def test_rounds_that_cannot_be_are_refused(rounds, keep):
+    fn, params, x = mlp()
+    stay = lambda n, fn, params: params
+    with pytest.raises(ValueError, match="at least 1 round"):
+        shrink_in_rounds(fn, params, x, rounds=rounds, finetune=stay, keep=keep)

@@ -96,8 +96,8 @@ def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (("--keep", "0"), "(0, 1]"),
-        (("--keep", "1.5"), "(0, 1]"),
+        (("--keep", "0"), "(0, 1)"),
+        (("--keep", "1.5"), "(0, 1)"),
         (("--retained-energy", "1"), "(0, 1)"),
         (("--temperature", "0"), "--temperature"),
         (("--usd-per-hour", "-1"), "--usd-per-hour"),

@@ -1,0 +1,261 @@
+"""Which indices of which couplings leave: by scores, under a fraction or a budget."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, PyTree
+
+from jaxeff import tree
+from jaxeff.program import Coupling, Couplings, dense, Program, shapes, trace, unlift
+
+from .budgets import Budget
+from .scores import magnitude, Score, Scores
+from .search import search
+from .selection import Selection
+
+Keep = float | int | Mapping[str, float | int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Widths:
+    """How many indices a coupling may have left.
+
+    Attributes:
+        floor: at least so many.
+        multiple: a multiple of this; what is smaller to begin with stays whole.
+    """
+
+    floor: int = 1
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuses counts below 1."""
+        for name in ("floor", "multiple"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} counts indices and is at least 1, got "
+                    f"{getattr(self, name)}. 1 allows every width."
+                )
+
+    def nearest(self, n: int, size: int) -> int:
+        """The allowed width nearest to `n`, of a coupling of that size."""
+        n = max(n, self.floor)
+        if self.multiple > 1:
+            n = max(1, round(n / self.multiple)) * self.multiple
+        return min(n, size)
+
+
+def select(
+    fn: Callable,
+    params: PyTree,
+    *args: Any,
+    keep: Keep | None = None,
+    score: Score | None = None,
+    scope: str = "local",
+    normalize: str = "mean",
+    floor: int = 1,
+    multiple: int = 1,
+    budget: Budget | Sequence[Budget] = (),
+    approximate: tree.Patterns = (),
+) -> Selection:
+    """Chooses what `shrink` removes; print the result to see it.
+
+    Args:
+        fn: `fn(params, *args)`, as used for evaluation (without dropout).
+        params: its weights.
+        args: example inputs, or their shapes.
+        keep: the fraction of each coupling's indices that stays, by default 0.5. Or
+            fractions by pattern: a pattern chooses the couplings of which *all*
+            multiplying weights match it, the first match counts, and couplings no
+            pattern chooses stay whole. 0 takes a coupling out altogether, for
+            residual blocks. With a budget: what stays at least, by default `floor`.
+        score: how much each index matters; by default `magnitude(2)`.
+        scope: "local" ranks the indices of each coupling, "global" those of all
+            couplings that the same pattern of `keep` chose.
+        normalize: what makes the scores of couplings comparable for "global": they
+            are divided by their mean or their largest, or taken as they are.
+        floor: the fewest indices left of any coupling.
+        multiple: widths are rounded to multiples of this: 8 suits tensor cores,
+            128 TPUs.
+        budget: the most the result may cost, or the least it must achieve. As little
+            as possible is removed for `at_most`, as much as possible for `at_least`.
+        approximate: patterns of weights whose couplings may shrink even though the
+            function does not stay exactly that of the zeroed indices (a two-pass
+            norm over them, say). The selection tells the error.
+
+    Raises:
+        ValueError: a fraction is outside [0, 1], a pattern matches no weight or
+            chooses nothing, the score says nothing about a coupling, a budget can't
+            be met or asks for nothing, or nothing would be removed.
+    """
+    leaves = jax.tree.leaves(params)
+    if any(isinstance(w, jax.ShapeDtypeStruct) for w in leaves):
+        raise ValueError(
+            "which indices stay depends on the values of the weights, but only shapes "
+            "are given. Pass arrays; `trace` looks at shapes."
+        )
+    budgets = (budget,) if isinstance(budget, Budget) else tuple(budget)
+    program = trace(unlift(fn), shapes(params), *args)
+    couplings = program.couplings
+    widths = Widths(floor, multiple)
+    default = 0.0 if budgets else 0.5
+    chosen = _choose(program, default if keep is None else keep, approximate)
+    scores = (score or magnitude(2))(program, dense(params))
+    scores = {name: np.asarray(x, np.float64) for name, x in scores.items()}
+    _check_scores(scores, chosen, couplings)
+    pick = lambda rules: _masks(
+        scores, rules, scope, normalize, widths, empty=not budgets
+    )
+    inexact = any(c.inexact for c in couplings if c.name in chosen)
+
+    def selected(amount: float) -> Selection:
+        part = {
+            n: (1 - amount * (1 - fraction), group)
+            for n, (fraction, group) in chosen.items()
+        }
+        return Selection(couplings, pick(part), inexact)
+
+    if budgets:
+        result = search(fn, params, args, selected, budgets)
+    else:
+        result = selected(1.0)
+    if not result.removed:
+        raise ValueError(
+            f"nothing would be removed: of {len(chosen)} couplings, the largest with "
+            f"{max(c.size for c in couplings if c.name in chosen)} indices, keep, "
+            f"floor={floor} and multiple={multiple} leave all. Keep less."
+        )
+    return result.checked(fn, params, args)
+
+
+def _masks(
+    scores: Scores,
+    rules: Mapping[str, tuple[float, int]],
+    scope: str,
+    normalize: str,
+    widths: Widths,
+    empty: bool,
+) -> dict[str, Bool[np.ndarray, " _"]]:
+    """For each coupling named, which of its indices stay: the best scored."""
+    if scope == "local":
+        counts = {n: round(f * scores[n].size) for n, (f, _) in rules.items()}
+    elif scope == "global":
+        counts = _global_counts(scores, rules, normalize)
+    else:
+        raise ValueError(f'scope is "local" or "global", got {scope!r}.')
+    masks = {}
+    for name, n in counts.items():
+        size = scores[name].size
+        gone = empty and rules[name][0] == 0
+        n = 0 if gone else widths.nearest(n, size)
+        # A stable order: among equals the first stay, on every machine.
+        best = np.argsort(-scores[name], kind="stable")[:n]
+        masks[name] = np.zeros(size, bool)
+        masks[name][best] = True
+    return masks
+
+
+def _global_counts(
+    scores: Scores, rules: Mapping[str, tuple[float, int]], normalize: str
+) -> dict[str, int]:
+    """How many of each coupling are among the best of all in its group."""
+    units = {"mean": np.mean, "max": np.max, "none": lambda x: 1.0}
+    if normalize not in units:
+        raise ValueError(f"normalize is one of {', '.join(units)}, got {normalize!r}.")
+    counts = {}
+    for group in dict.fromkeys(g for _, g in rules.values()):
+        names = [n for n, (_, g) in rules.items() if g == group]
+        alike = [scores[n] / max(units[normalize](scores[n]), 1e-300) for n in names]
+        owner = np.repeat(np.arange(len(names)), [x.size for x in alike])
+        values = np.concatenate(alike)
+        n = round(rules[names[0]][0] * values.size)
+        best = np.argsort(-values, kind="stable")[:n]
+        found = np.bincount(owner[best], minlength=len(names))
+        counts.update(zip(names, map(int, found), strict=True))
+    return counts
+
+
+def _choose(
+    program: Program, keep: Keep, approximate: tree.Patterns
+) -> dict[str, tuple[float, int]]:
+    """For each coupling to shrink, by name, the fraction to keep, and whose it is."""
+    rules = keep if isinstance(keep, Mapping) else {"**": keep}
+    for fraction in rules.values():
+        if not 0 <= fraction <= 1:
+            raise ValueError(
+                f"keep is the fraction that stays, in [0, 1], got {fraction}: 0.5 "
+                "keeps half."
+            )
+    couplings, paths = program.couplings, list(program.shapes)
+    multiplying = {site.path for site in program.sites}
+    inexact = [c for c in couplings if c.inexact]
+    allowed = [*couplings.free]
+    for pattern in [approximate] if isinstance(approximate, str) else approximate:
+        matched = set(tree.match(pattern, paths))
+        hit = _hit(inexact, matched, multiplying)
+        if not hit:
+            raise ValueError(
+                f"approximate={pattern!r} chooses no coupling that is frozen for "
+                f"exactness alone. {_why(inexact, matched)}"
+            )
+        allowed += [c for c in hit if c not in allowed]
+    if not allowed:
+        raise ValueError(f"nothing in this function can be removed. {_why(couplings)}")
+    out: dict[str, tuple[float, int]] = {}
+    for group, (pattern, fraction) in enumerate(rules.items()):
+        matched = set(tree.match(pattern, paths))
+        hit = _hit(allowed, matched, multiplying)
+        if not hit:
+            near = [c for c in couplings if {p for p, _ in c.members} & matched]
+            raise ValueError(
+                f"pattern {pattern!r} chooses no coupling: each couples weights that "
+                f"it does not match, or is frozen. {_why(near, matched)}"
+            )
+        for c in hit:
+            out.setdefault(c.name, (float(fraction), group))
+    return out
+
+
+def _hit(
+    couplings: Sequence[Coupling], matched: set[str], multiplying: set[str]
+) -> list[Coupling]:
+    """The couplings all of whose multiplying weights are matched."""
+    weights = lambda c: {p for p, _ in c.members}
+    return [
+        c
+        for c in couplings
+        if weights(c) & matched and weights(c) & multiplying <= matched
+    ]
+
+
+def _check_scores(
+    scores: Scores, chosen: Mapping[str, Any], couplings: Couplings
+) -> None:
+    by_name = {c.name: c for c in couplings}
+    for name in chosen:
+        c = by_name[name]
+        if name not in scores:
+            raise ValueError(
+                f"the score says nothing about coupling {name} (dim {c.members[0][1]} "
+                f"of {c.members[0][0]}). Choose others by pattern, or another score."
+            )
+        if scores[name].shape != (c.size,) or not np.isfinite(scores[name]).all():
+            raise ValueError(
+                f"a score gives a finite number for each of the {c.size} indices of "
+                f"coupling {name}, got shape {scores[name].shape} with "
+                f"{int((~np.isfinite(scores[name])).sum())} not finite."
+            )
+
+
+def _why(couplings: Sequence[Coupling], matched: set[str] | None = None) -> str:
+    """The first few couplings, and what stands against each."""
+    said = []
+    for c in couplings[:4]:
+        others = sorted({p for p, _ in c.members} - (matched or set()))
+        why = c.reason if c.frozen else f"it also holds {', '.join(others[:3])}"
+        path, dim = c.members[0]
+        said.append(f"{c.name} (dim {dim} of {path}, size {c.size}): {why}")
+    return "; ".join(said or ["There is none"]) + "."

@@ -1,0 +1,309 @@
+"""What is chosen to leave: scopes, widths, budgets, approximations, whole blocks."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, strategies as st
+
+from jaxeff import trace, tree
+from jaxeff.models import CNN, ResNet
+from jaxeff.program import like
+from jaxeff.pruning import Budget, flops, magnitude, parameters, select, shrink
+from jaxeff.pruning.select import Widths
+from tests.zoo import draw
+
+X = jnp.ones((2, 3))
+
+
+def two(p, x):
+    """Two hidden layers: of 8 and of 4."""
+    return jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
+
+
+def weights(first=1.0, second=1.0):
+    a, b, c = jr.split(jr.key(0), 3)
+    return {
+        "a": first * jr.normal(a, (3, 8)),
+        "b": jr.normal(b, (8, 4)),
+        "c": second * jr.normal(c, (4, 2)),
+    }
+
+
+def widths(params):
+    return params["a"].shape[1], params["b"].shape[1]
+
+
+def resnet(key):
+    model, x = ResNet(depth=8, width=4, classes=5), jr.normal(key, (2, 8, 8, 3))
+    params = draw(key, jax.eval_shape(model.init, jr.key(0), x))
+    return model, params, x
+
+
+def close(a, b):
+    return np.allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+# Scopes and widths.
+
+
+def test_globally_the_best_of_all_stay():
+    params = weights(first=100.0)
+    _, local = shrink(two, params, X, keep=0.5)
+    options = {"scope": "global", "normalize": "none", "score": magnitude(2)}
+    _, whole = shrink(two, params, X, keep=2 / 3, **options)
+    assert widths(local) == (4, 2)
+    assert widths(whole) == (8, 1)  # the large ones all stay, the floor holds
+    groups = {"{a,b}": 0.5, "{b,c}": 0.5}
+    _, apart = shrink(two, params, X, keep=groups, **options)
+    assert widths(apart) == (4, 2)
+
+
+def test_normalised_scores_do_not_depend_on_units():
+    kept = []
+    for params in (weights(), weights(second=1e-3)):
+        for normalize in ("mean", "max"):
+            chosen = select(
+                two,
+                params,
+                X,
+                scope="global",
+                normalize=normalize,
+                score=lambda program, p: {
+                    c.name: np.linalg.norm(p["a"], axis=0)
+                    if c.size == 8
+                    else np.linalg.norm(p["c"], axis=1)
+                    for c in program.couplings.free
+                },
+            )
+            kept.append([m.tolist() for m in chosen.keep.values()])
+    assert kept[0] == kept[2] and kept[1] == kept[3]
+
+
+@given(st.integers(0, 300), st.integers(1, 300), st.integers(1, 9), st.integers(1, 16))
+def test_widths_are_allowed_and_near(n, size, floor, multiple):
+    width = Widths(floor, multiple).nearest(n, size)
+    assert 1 <= width <= size
+    assert width == size or width % multiple == 0
+    assert width >= min(floor, size) - multiple / 2
+    assert abs(width - max(n, floor)) <= max(multiple - 1, 0) or width == size
+
+
+def test_widths_are_rounded_and_have_a_floor():
+    params = weights()
+    assert widths(shrink(two, params, X, keep=0.3, multiple=4)[1]) == (4, 4)
+    assert widths(shrink(two, params, X, keep=0.1, floor=3)[1]) == (3, 3)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        shrink(two, params, X, floor=0)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"scope": "all"}, "local"),
+        ({"scope": "global", "normalize": "sum"}, "mean, max, none"),
+        ({"score": lambda program, p: {}}, "says nothing about coupling"),
+        (
+            {
+                "score": lambda program, p: {
+                    c.name: np.full(c.size, np.nan) for c in program.couplings
+                }
+            },
+            "8 not finite",
+        ),
+    ],
+)
+def test_bad_options_are_one_clear_line(options, message):
+    with pytest.raises(ValueError, match=message):
+        select(two, weights(), X, **options)
+
+
+# Budgets.
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_a_budget_is_kept_and_hardly_undercut(scope, getkey):
+    model, params, x = resnet(getkey())
+    whole = trace(model.apply, params, x).costs.flops
+    chosen = select(model.apply, params, x, budget=flops(0.5), scope=scope)
+    small_fn, small = chosen.resize(model.apply), chosen.take(params)
+    now = trace(small_fn, small, x).costs.flops
+    assert now <= 0.5 * whole
+    enough = min(t.amount for t in chosen.trials if t.met)
+    assert max(t.amount for t in chosen.trials if not t.met) < enough
+    assert close(small_fn(small, x), model.apply(chosen.zeroed(params), x))
+    assert "FLOPs" in str(chosen) and "(no)" in str(chosen)
+
+
+def test_several_budgets_are_all_kept():
+    params = weights()
+    chosen = select(two, params, X, budget=[flops(0.5), parameters(20)])
+    small = chosen.take(params)
+    assert tree.tree_size(small) <= 20
+    assert (
+        trace(chosen.resize(two), small, X).costs.flops
+        <= trace(two, params, X).costs.flops / 2
+    )
+
+
+def with_idle():
+    """Half of the first layer's neurons hardly matter."""
+    params = weights()
+    return {**params, "b": params["b"] * jnp.where(jnp.arange(8) < 4, 1, 1e-4)[:, None]}
+
+
+def fidelity(least):
+    """How much of the norm of the outputs is left, as a user would measure it."""
+    params = with_idle()
+    whole = two(params, X)
+
+    def measure(fn, params, args):
+        off = jnp.linalg.norm(fn(params, *args) - whole) / jnp.linalg.norm(whole)
+        return 1 - float(off)
+
+    return Budget("fidelity", measure, at_least=least)
+
+
+def test_as_much_leaves_as_what_must_be_reached_allows():
+    params = with_idle()
+    chosen = select(two, params, X, keep={"{a,b}": 0.1}, budget=fidelity(0.99))
+    reached = [t.figures["fidelity"] for t in chosen.trials]
+    now = fidelity(0.99).measure(chosen.resize(two), chosen.take(params), (X,))
+    assert now >= 0.99 and chosen.removed >= 2 and min(reached) < 0.99
+
+
+@pytest.mark.parametrize(
+    "budget, message",
+    [
+        (lambda: parameters(10**6), "within its budget as it is"),
+        (lambda: parameters(3), "even the least that may stay is too much"),
+        (lambda: fidelity(1.5), "does not reach what it must"),
+        (lambda: [parameters(0.2), fidelity(0.99)], "exclude each other"),
+        (lambda: flops(0), "above 1, got 0"),
+        (lambda: Budget("x", lambda *a: 1.0), "one limit"),
+    ],
+)
+def test_budgets_that_cannot_be_are_one_clear_line(budget, message):
+    with pytest.raises(ValueError, match=message):
+        select(two, weights(), X, budget=budget())
+
+
+# What is not exact, by name.
+
+
+def centred(p, x):
+    """A two-pass norm: zeros are not zero any more once the mean is taken off."""
+    h = x @ p["a"]
+    h = h - h.mean(1, keepdims=True)
+    return h / jnp.sqrt(0.1 + (h**2).mean(1, keepdims=True)) @ p["b"] @ p["c"]
+
+
+def test_what_is_not_exact_has_to_be_asked_for_and_tells_its_error():
+    params, x = weights(), jr.normal(jr.key(1), (2, 3))
+    c = next(c for c in trace(centred, params, x).couplings if c.size == 8)
+    assert c.frozen and c.inexact and "not zero" in c.reason
+    with pytest.raises(ValueError, match="frozen|not zero"):
+        select(centred, params, x, keep={"{a,b}": 0.5})
+    chosen = select(centred, params, x, keep={"{a,b}": 0.5}, approximate="{a,b}")
+    small = chosen.take(params)
+    assert small["a"].shape == (3, 4)
+    got = chosen.resize(centred)(small, x)
+    want = centred(chosen.zeroed(params), x)
+    off = jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
+    assert chosen.error is not None and chosen.error > 0
+    assert np.isclose(chosen.error, off, rtol=1e-3)
+    assert "not exact" in str(chosen)
+    with pytest.raises(ValueError, match="frozen for exactness alone"):
+        select(two, params, x, approximate="a")
+
+
+# Whole blocks.
+
+
+def test_a_residual_block_can_leave_altogether(getkey):
+    model, params, x = resnet(getkey())
+    inner = "params/stage1_block0/conv{1,2}/*"
+    couplings = trace(model.apply, params, x).couplings
+    paths = [p for c in couplings.free for p, _ in c.members if "stage1_block0" in p]
+    conv = next(p for p in paths if p.endswith("conv1/kernel"))
+    fn, small = shrink(model.apply, params, x, keep={inner: 0.0})
+    assert 0 in tree.paths(small)[conv].shape
+    chosen = select(model.apply, params, x, keep={inner: 0.0})
+    y = jr.normal(getkey(), (3, 8, 8, 3))
+    assert close(jax.jit(fn)(small, y), model.apply(chosen.zeroed(params), y))
+    grads = jax.grad(lambda p: fn(p, y).sum())(small)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_a_chain_cannot_lose_a_layer():
+    with pytest.raises(ValueError, match="no output depends on the inputs"):
+        select(two, weights(), X, keep=0)
+
+
+# What else there is for each weight.
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optax.adamw(1e-2),
+        lambda: optax.sgd(1e-2, momentum=0.9, nesterov=True),
+        lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.lion(1e-3)),
+        lambda: optax.adafactor(1e-2, min_dim_size_to_factor=2),
+        lambda: optax.masked(optax.adam(1e-2), {"a": True, "b": True, "c": False}),
+    ],
+    ids=["adamw", "sgd", "clip and lion", "adafactor", "masked"],
+)
+def test_training_goes_on_with_the_state_of_what_stays(make):
+    tx, params = make(), weights()
+    step = lambda fn: jax.jit(
+        lambda p, s: tx.update(jax.grad(lambda p: jnp.sin(fn(p, X)).sum())(p), s, p)
+    )
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = step(two)(params, state)
+        params = optax.apply_updates(params, updates)
+    chosen = select(two, params, X, keep=0.75)
+    small, small_state = chosen.take(params), chosen.take_state(state)
+    assert jax.tree.map(jnp.shape, small_state) == jax.tree.map(
+        jnp.shape, tx.init(small)
+    )
+    updates, after = step(chosen.resize(two))(small, small_state)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, small_state)
+    first = lambda s: [x for x in jax.tree.leaves(s) if x.ndim == 0]
+    assert all(map(jnp.array_equal, first(state), first(small_state)))
+    mu = tree.paths(state).get("0/mu/a")
+    if mu is not None:
+        (mask,) = (m for m in chosen.keep.values() if m.size == 8)
+        kept = tree.paths(small_state)["0/mu/a"]
+        assert jnp.array_equal(kept, mu[:, mask])
+
+
+def test_a_state_whose_dims_cannot_be_told_is_an_error():
+    params = {"a": jnp.ones((3, 6)), "b": jnp.ones((6, 6)), "c": jnp.ones((6, 2))}
+    chosen = select(two, params, X, keep={"{a,b}": 0.5})
+    with pytest.raises(ValueError, match="could be several"):
+        chosen.take_state({"row": {"b": jnp.ones(6)}})
+    with pytest.raises(ValueError, match="are not among"):
+        chosen.take_state({"b": jnp.ones(5)})
+    same = {"row": {"other": jnp.ones(6)}, "b": jnp.ones(1)}
+    assert chosen.take_state(same) is not None
+
+
+def test_a_selection_fits_any_function_of_the_same_weights(getkey):
+    model, x = CNN(stages=((8,), (8,)), classes=5), jr.normal(getkey(), (4, 8, 8, 1))
+    params = draw(getkey(), jax.eval_shape(model.init, jr.key(0), x))
+    train = lambda p, x: model.apply(p, x, train=True, mutable=["batch_stats"])
+    chosen = select(model.apply, params, x)
+    small = chosen.take(params)
+    one = chosen.resize(train)(small, x)
+    other = like(chosen.resize(model.apply), train)(small, x)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, one, other))
+
+
+def test_the_report_names_what_leaves_and_why_the_rest_stays():
+    said = str(select(two, weights(), X, keep={"{a,b}": 0.5}))
+    assert "a and 1 more" in said and "8" in said and "not chosen" in said
+    assert "frozen: it is a dim of the outputs" in said
