@@ -1,8 +1,16 @@
 """Functional Flax (Linen) models. They know nothing of compression."""
 
+from .bert import BERT as BERT
 from .cnn import CNN as CNN
+from .convnext import ConvNeXt as ConvNeXt
 from .decode import greedy as greedy, greedy_cached as greedy_cached
 from .gpt import GPT as GPT
+from .imagenet_resnet import ImageNetResNet as ImageNetResNet
+from .inverted import (
+    EfficientNet as EfficientNet,
+    MobileNetV2 as MobileNetV2,
+    MobileNetV3 as MobileNetV3,
+)
 from .llama import (
     Cache as Cache,
     init_cache as init_cache,
@@ -32,6 +40,9 @@ from .registry import (
     ImageModel as ImageModel,
     LANGUAGE_MODELS as LANGUAGE_MODELS,
     LanguageModel as LanguageModel,
+    MASKED_MODELS as MASKED_MODELS,
 )
 from .resnet import params_from_torch as params_from_torch, ResNet as ResNet
 from .tokenizer import BOS as BOS, EOS as EOS, Tokenizer as Tokenizer
+from .unet import UNet as UNet
+from .vit import ViT as ViT

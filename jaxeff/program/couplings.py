@@ -16,10 +16,11 @@ from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array, Bool, Int
 
 from .dims import atoms, Dim, find, fix, kept, occurrences
-from .rules import Dims
+from .rule import Dims
 from .solve import Solver
 from .walk import needed
-from .zeros import NOTHING, Zeros
+from .zero_rules import NOTHING
+from .zeros import Zeros
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

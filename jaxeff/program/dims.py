@@ -196,7 +196,7 @@ def factor(d: Dim, minor: int) -> tuple[Dim, Dim] | None:
             return product([*d.parts[:i], halves[0]]), product([halves[1], *tail])
         raise AssertionError("a product's parts multiply to its size")
     # A concatenation: every part must be cut alike, and share the minor part.
-    halves = [factor(part, minor) for part in d.parts]
+    halves = [_factor_run(run, minor) for run in _runs(d.parts, minor)]
     if any(h is None for h in halves):
         return None
     majors = [h[0] for h in halves if h is not None]
@@ -204,6 +204,24 @@ def factor(d: Dim, minor: int) -> tuple[Dim, Dim] | None:
     for m in minors[1:]:
         unite(minors[0], m, lambda: "parts of a concatenation are cut alike")
     return concat(majors), minors[0]
+
+
+def _runs(parts: Sequence[Dim], minor: int) -> Iterator[list[Dim]]:
+    """The shortest runs of parts that together are a multiple of `minor`."""
+    run: list[Dim] = []
+    for part in parts:
+        run.append(part)
+        if sum(p.size for p in run) % minor == 0:
+            yield run
+            run = []
+
+
+def _factor_run(run: list[Dim], minor: int) -> tuple[Dim, Dim] | None:
+    """`factor` of some parts of a concatenation: of one, or of one minor part cut."""
+    if len(run) == 1:
+        return factor(run[0], minor)
+    whole = concat(run)
+    return (Dim(1), whole) if whole.size == minor else None
 
 
 def unite(a: Dim, b: Dim, reason: Callable[[], str]) -> Dim:
@@ -256,6 +274,12 @@ def _align(a: Dim, b: Dim, reason: Callable[[], str]) -> bool:
 
 
 def _align_concats(a: Dim, b: Dim, reason: Callable[[], str]) -> bool:
+    if b.kind == "prod":
+        inner = math.prod(p.size for p in b.parts[1:])
+        if any(part.size % inner for part in a.parts):
+            # Cuts inside a factor, at the same places each time: (2, x + y) is
+            # x + y + x + y.
+            return _align_products(a, b, reason)
     rest = b
     for part in a.parts:
         halves = cut(rest, part.size)

@@ -28,7 +28,8 @@ from .call import Call, inner, Rewritten
 from .couplings import Couplings
 from .dims import Conflict, cut, Dim, expression, find, fix, from_expression, new_size
 from .interpret import Interpreter, is_inexact
-from .rules import conv_groups, cut_out, Dims
+from .rule import Dims
+from .rules import conv_groups, cut_out
 from .solve import Solver
 from .walk import Where
 
@@ -271,7 +272,12 @@ def _shape(key: str) -> Callable:
 def _slice(eqn, ins, outs, out) -> dict:
     start, stop = list(eqn.params["start_indices"]), list(eqn.params["limit_indices"])
     for d, x in enumerate(ins[0]):
-        if new_size(x) != find(x).size:  # then its stride is 1: others fix the dim
+        strides = eqn.params["strides"]
+        if new_size(x) == find(x).size:
+            continue
+        if strides is not None and strides[d] != 1:  # one in each group: x[1::2]
+            stop[d] = new_size(x)
+        else:
             pieces = cut_out(x, start[d], stop[d])
             assert pieces is not None, "a slice that cannot be cut fixes the dim"
             start[d] = new_size(pieces[0])
@@ -316,6 +322,9 @@ _SIZES: dict[str, Callable] = {
     "broadcast_in_dim": _shape("shape"),
     "iota": _shape("shape"),
     "random_bits": lambda eqn, ins, outs, out: {"shape": out[len(ins[0]) :]},
+    "rng_bit_generator": lambda eqn, ins, outs, out: {
+        "shape": tuple(map(new_size, outs[1]))
+    },
     "dynamic_slice": _gather,
     "slice": _slice,
     "split": _split,

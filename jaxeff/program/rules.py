@@ -1,59 +1,18 @@
 """For each primitive: which dims of its results are which dims of its operands.
 
-A rule gets the dims of the operands and returns those of the results, uniting
-what must change together on the way. It fixes what cannot change size there
-(`fix`), and what may not change if the result is to be exact (`exact`: a sort,
-a random number, a position). A primitive without a rule fixes all it touches.
+What a rule is, `rule.py` says; those of look-ups, scatters and windows are in
+`positions.py`. A primitive without a rule fixes all it touches.
 """
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable, SupportsInt
+from collections.abc import Sequence
+from typing import SupportsInt
 
 from jax.extend.core import JaxprEqn
 
-from . import flops
-from .dims import concat, cut, Dim, factor, fix, product, unite
+from . import flops, positions
+from .dims import concat, cut, Dim, factor, fix, product
+from .rule import because, Dims, fixed, fresh, Mode, Rule, unite_all, unknown
 from .sites import reshape_groups
-from .source import callers, source_line
-
-Dims = tuple[Dim, ...]
-
-
-@runtime_checkable
-class Mode(Protocol):
-    """What a rule may ask for beyond the algebra of dims."""
-
-    def exact(self, d: Dim, reason: Callable[[], str]) -> Dim:
-        """Fixes a dim for exactness only: a program being resized ignores it."""
-        ...
-
-
-Rule = Callable[[Mode, JaxprEqn, Sequence[Dims]], list[Dims]]
-
-
-def because(eqn: JaxprEqn, what: str) -> Callable[[], str]:
-    """A reason, spelled out only when somebody reads it."""
-    around = callers()
-    return lambda: f"{what} at {source_line(eqn, around)}"
-
-
-def fresh(eqn: JaxprEqn, out: int = 0) -> Dims:
-    """New dims for a result: nothing is known of them."""
-    return tuple(Dim(n) for n in eqn.outvars[out].aval.shape)
-
-
-def fixed(eqn: JaxprEqn, what: str, out: int = 0) -> Dims:
-    """New dims for a result that must all stay."""
-    return tuple(fix(d, because(eqn, what)) for d in fresh(eqn, out))
-
-
-def unite_all(eqn: JaxprEqn, dims: Sequence[Dim]) -> Dim:
-    """One dim out of several that an equation aligns."""
-    name = eqn.primitive.name
-    return functools.reduce(
-        lambda a, b: unite(a, b, because(eqn, f"`{name}` aligns different cuts")), dims
-    )
 
 
 def elementwise(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
@@ -61,7 +20,7 @@ def elementwise(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     out = []
     rank = len(eqn.outvars[0].aval.shape)
     if any(x and len(x) != rank for x in ins):  # a cast of bits to a smaller type
-        return _unknown(mode, eqn, ins)
+        return unknown(mode, eqn, ins)
     for d, n in enumerate(eqn.outvars[0].aval.shape):
         # A dim of size 1 is repeated, not aligned, unless the result's is 1 too.
         aligned = [x[d] for x in ins if x and x[d].size == n]
@@ -91,7 +50,7 @@ def _ragged_dot(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     plain = len(groups) == 1 and not lb and not rb
     ragged = numbers.lhs_ragged_dimensions
     if not plain or any(d in lc for d in ragged):
-        return _unknown(mode, eqn, ins)
+        return unknown(mode, eqn, ins)
     left, right = ins[0], ins[1]
     fix(right[groups[0]], because(eqn, "the groups of a ragged product"))
     for d in ragged:
@@ -115,7 +74,7 @@ def conv_groups(eqn: JaxprEqn, x: Dims) -> tuple[Dim, Dim] | None:
 def _conv(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     p, (x, w) = eqn.params, ins
     if p["batch_group_count"] != 1:
-        return _unknown(mode, eqn, ins)
+        return unknown(mode, eqn, ins)
     numbers = p["dimension_numbers"]
     for spec, dims in ((numbers.lhs_spec, x), (numbers.rhs_spec, w)):
         for d in spec[2:]:
@@ -141,7 +100,7 @@ def _conv(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
 def _reshape(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     old, new = ins[0], list(fresh(eqn))
     if eqn.params.get("dimensions") is not None:
-        return _unknown(mode, eqn, ins)
+        return unknown(mode, eqn, ins)
     groups = reshape_groups([d.size for d in old], [d.size for d in new])
     for olds, news in groups:
         before = product([old[i] for i in olds])
@@ -182,6 +141,17 @@ def _reduce_exactly(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims
     return _reduce(mode, eqn, ins)
 
 
+def _reduce_any(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    arrays = ins[: len(eqn.outvars)]
+    for dims in arrays:
+        for d in eqn.params["dimensions"]:
+            mode.exact(dims[d], because(eqn, "`reduce` over it"))
+    dims = tuple(unite_all(eqn, same) for same in zip(*arrays, strict=True))
+    gone = eqn.params["dimensions"]
+    out = tuple(x for d, x in enumerate(dims) if d not in gone)
+    return [out] * len(eqn.outvars)
+
+
 def _along(key: str) -> Rule:
     """For what mixes positions along one dim, and keeps every shape."""
 
@@ -199,13 +169,6 @@ def _rev(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     for d in eqn.params["dimensions"]:
         fix(ins[0][d], because(eqn, "its order is reversed"))
     return [ins[0]]
-
-
-def _top_k(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
-    axis, x = eqn.params["axis"], ins[0]
-    fix(x[axis], because(eqn, "the largest along it are chosen"))
-    chosen = [fixed(eqn, "the largest", i)[axis] for i in range(len(eqn.outvars))]
-    return [(*x[:axis], d, *x[axis + 1 :]) for d in chosen]
 
 
 def _concatenate(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
@@ -231,10 +194,15 @@ def _slice(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     ):
         whole = (start, stop, step) == (0, x.size, 1)
         pieces = None if step != 1 or whole else cut_out(x, start, stop)
+        one_in_each = out[d].size * step == x.size and start < step
+        parts = factor(x, int(step)) if step != 1 and one_in_each else None
         if whole:
             out[d] = x
         elif pieces is not None:
             out[d] = pieces[1]
+        elif parts is not None:  # of every `step` the one at `start`: x[1::2]
+            fix(parts[1], because(eqn, f"one in {step} of it is taken"))
+            out[d] = parts[0]
         else:
             fix(x, because(eqn, f"a slice [{start}:{stop}:{step}] of it"))
             fix(out[d], because(eqn, "a slice"))
@@ -269,63 +237,6 @@ def _pad(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     return [tuple(out)]
 
 
-def _gather(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    x, indices = ins
-    batching = numbers.operand_batching_dims
-    shared = dict(zip(batching, numbers.start_indices_batching_dims, strict=True))
-    for d, j in shared.items():
-        unite_all(eqn, [x[d], indices[j]])
-    out = list(fixed(eqn, "a look-up"))
-    windows = iter(numbers.offset_dims)
-    for d, n in enumerate(sizes):
-        if d in shared:
-            continue
-        whole = n == x[d].size and d not in numbers.start_index_map
-        if not whole:
-            fix(x[d], because(eqn, "positions along it are looked up"))
-        if d not in numbers.collapsed_slice_dims:
-            at = next(windows)
-            out[at] = x[d] if whole else out[at]
-    rest = (d for d in range(len(out)) if d not in numbers.offset_dims)
-    for d, dim in zip(rest, indices[:-1], strict=True):
-        out[d] = dim
-    return [tuple(out)]
-
-
-def _dynamic_slice(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
-    out = list(fresh(eqn))
-    for d, (x, n) in enumerate(zip(ins[0], eqn.params["slice_sizes"], strict=True)):
-        if n == x.size:
-            out[d] = x
-        else:
-            fix(x, because(eqn, "a part of it is chosen at run time"))
-            fix(out[d], because(eqn, "a part chosen at run time"))
-    return [tuple(out)]
-
-
-def _dynamic_update_slice(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
-    x, update = ins[:2]
-    for a, b in zip(x, update, strict=True):
-        if a.size == b.size:
-            unite_all(eqn, [a, b])
-        else:
-            fix(a, because(eqn, "a part of it is overwritten at run time"))
-            fix(b, because(eqn, "it overwrites a part of another"))
-    return [x]
-
-
-def _reduce_window(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
-    p, x, out = eqn.params, ins[0], list(fixed(eqn, "a sliding window"))
-    for d, n in enumerate(p["window_dimensions"]):
-        plain = n == 1 and p["window_strides"][d] == 1
-        if plain and tuple(p["padding"][d]) == (0, 0) and p["base_dilation"][d] == 1:
-            out[d] = x[d]
-        else:
-            fix(x[d], because(eqn, "a sliding window along it"))
-    return [tuple(out)]
-
-
 def _iota(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     out = fresh(eqn)
     mode.exact(out[eqn.params["dimension"]], because(eqn, "it counts positions"))
@@ -339,22 +250,35 @@ def _random_bits(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     return [(*ins[0], *(mode.exact(d, reason) for d in fresh(eqn)[n:]))]
 
 
-def _unknown(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
-    what = f"`{eqn.primitive.name}` has no rule"
-    for dims in ins:
-        for d in dims:
-            fix(d, because(eqn, what))
-    return [fixed(eqn, what, i) for i in range(len(eqn.outvars))]
+def _rng_bits(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    reason = because(eqn, "random numbers depend on the shape")
+    return [ins[0], tuple(mode.exact(d, reason) for d in fresh(eqn, 1))]
+
+
+def _gamma(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    for d in ins[1]:
+        fix(d, because(eqn, "random numbers depend on the shape"))
+    return [ins[1]]
+
+
+def _fft(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    first = len(ins[0]) - len(eqn.params["fft_lengths"])
+    for d in ins[0][first:]:
+        fix(d, because(eqn, "a Fourier transform runs along it"))
+    return [(*ins[0][:first], *fixed(eqn, "a Fourier transform")[first:])]
 
 
 _ELEMENTWISE = (flops.ELEMENTWISE | flops.TRANSCENDENTAL) | frozenset(
     "integer_pow convert_element_type copy copy_p stop_gradient reduce_precision "
-    "bitcast_convert_type real imag conj complex name".split()
+    "bitcast_convert_type real imag conj complex name igamma igammac "
+    "igamma_grad_a polygamma zeta bessel_i0e bessel_i1e random_gamma_grad "
+    "regularized_incomplete_beta sharding_constraint".split()
 )
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, elementwise),
     "optimization_barrier": _same,
+    "device_put": _same,
     "dot_general": _dot_general,
     "ragged_dot": _ragged_dot,
     "ragged_dot_general": _ragged_dot,
@@ -363,6 +287,7 @@ RULES: dict[str, Rule] = {
     "transpose": _transpose,
     "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast_in_dim,
+    "reduce": _reduce_any,
     "reduce_sum": _reduce,  # zeros.py says where a sum is exact
     **dict.fromkeys(
         "reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax "
@@ -374,22 +299,29 @@ RULES: dict[str, Rule] = {
     ),
     "sort": _along("dimension"),
     "rev": _rev,
-    "top_k": _top_k,
+    "top_k": positions.top_k,
     "concatenate": _concatenate,
     "slice": _slice,
     "split": _split,
     "pad": _pad,
-    "gather": _gather,
-    "dynamic_slice": _dynamic_slice,
-    "dynamic_update_slice": _dynamic_update_slice,
-    "reduce_window_sum": _reduce_window,
-    "reduce_window_max": _reduce_window,
-    "reduce_window_min": _reduce_window,
+    "gather": positions.gather,
+    "dynamic_slice": positions.dynamic_slice,
+    "dynamic_update_slice": positions.dynamic_update_slice,
+    **dict.fromkeys(
+        "reduce_window reduce_window_sum reduce_window_max reduce_window_min".split(),
+        positions.reduce_window,
+    ),
+    "select_and_scatter_add": positions.select_and_scatter_add,
+    "select_and_gather_add": positions.reduce_window,
+    **dict.fromkeys(positions.SCATTERS, positions.scatter),
+    "fft": _fft,
     "iota": _iota,
     "random_bits": _random_bits,
+    "rng_bit_generator": _rng_bits,
+    "random_gamma": _gamma,
 }
 
 
 def rule_of(eqn: JaxprEqn) -> Rule:
     """The rule of an equation's primitive; one that fixes all it touches if none."""
-    return RULES.get(eqn.primitive.name, _unknown)
+    return RULES.get(eqn.primitive.name, unknown)

@@ -10,7 +10,8 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from .dims import Dim, fix
-from .rules import because, Dims, fixed, rule_of, unite_all
+from .rule import because, Dims, fixed, unite_all
+from .rules import rule_of
 from .source import inside
 from .walk import bodies, Body, scan_counts, Where
 

@@ -2,12 +2,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxeff.models import build, IMAGE_MODELS, LANGUAGE_MODELS, Llama, ResNet
+from jaxeff.models import (
+    build,
+    IMAGE_MODELS,
+    LANGUAGE_MODELS,
+    Llama,
+    MASKED_MODELS,
+    ResNet,
+)
 
 
-@pytest.mark.parametrize("name", IMAGE_MODELS + LANGUAGE_MODELS)
+@pytest.mark.parametrize("name", IMAGE_MODELS + LANGUAGE_MODELS + MASKED_MODELS)
 def test_every_name_builds_a_model_that_runs(name, getkey):
-    if name in ("gpt", "llama"):
+    if name in LANGUAGE_MODELS + MASKED_MODELS:
         model, x = build(name, vocab_size=31), jnp.zeros((2, 5), int)
         expected = (2, 5, 31)
     else:

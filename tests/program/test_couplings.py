@@ -93,18 +93,62 @@ FROZEN = {
     ),
     "reversed": (lambda x, p: x[..., ::-1], "its order is reversed"),
     "strided slice": (
-        lambda x, p: jnp.repeat(x[..., ::2], 2, axis=-1),
-        r"a slice \[0:8:2\] of it",
+        lambda x, p: x * x[..., ::3].sum(-1, keepdims=True),
+        r"a slice \[0:8:3\] of it",
     ),
     "unknown primitive": (
+        lambda x, p: jnp.linalg.qr(x)[0] @ x,
+        r"`\w+` has no rule",
+    ),
+    "Fourier transform": (
         lambda x, p: jnp.abs(jnp.fft.fft(x, axis=-1)),
-        "`fft` has no rule",
+        "a Fourier transform runs along it",
     ),
-    "unknown along another dim": (
-        lambda x, p: jnp.abs(jnp.fft.fft(x, axis=1)),
-        "`fft` has no rule",
+    "written at one place": (
+        lambda x, p: x.at[..., 0].set(0.0),
+        "positions along it are written",
     ),
-    "scatter": (lambda x, p: x.at[..., 0].set(0.0), "`scatter` has no rule"),
+    "written at places": (
+        lambda x, p: x.at[..., jnp.array([0, 3])].add(1.0),
+        "positions along it are written",
+    ),
+    "a part is written": (
+        lambda x, p: x.at[..., 2:6].set(1.0),
+        "a part of it is written",
+    ),
+    "channels to places of their own": (
+        lambda x, p: (
+            x
+            * p["s"][None, None]
+            * jax.ops.segment_sum(p["s"], jnp.round(p["s"]).astype(int), 3)[0]
+        ),
+        "each is written to a position of its own",
+    ),
+    "written, then sum": (
+        lambda x, p: x * x.at[:, 0].set(0.5).sum(-1, keepdims=True),
+        SUM,
+    ),
+    "a reduction of its own": (
+        lambda x, p: x * lax.reduce(x, 0.0, lambda a, b: a + b * b, (2,))[..., None],
+        "`reduce` over it",
+    ),
+    "random numbers of the hardware": (
+        lambda x, p: (
+            x
+            * lax.rng_bit_generator(jnp.zeros(4, jnp.uint32), x.shape)[1].astype(
+                x.dtype
+            )
+        ),
+        "random numbers depend on the shape",
+    ),
+    "gamma distribution": (
+        lambda x, p: x * jr.gamma(jr.key(0), jnp.abs(x)),
+        "random numbers depend on the shape",
+    ),
+    "order of channels": (
+        lambda x, p: jnp.take_along_axis(x, jnp.argsort(x, 1), 1) * jnp.argsort(x, -1),
+        "it counts positions",
+    ),
     "positions": (
         lambda x, p: x * jnp.arange(8.0)[None, None],
         "it counts positions",
@@ -275,6 +319,63 @@ FREE = {
         x * jax.nn.relu(x.astype(jnp.bfloat16)).astype(x.dtype).sum(-1, keepdims=True)
     ),
     "named": lambda x, p: checkpoint_name(x, "x"),
+    "Fourier transform over positions": lambda x, p: jnp.real(
+        jnp.fft.fft(jnp.cos(x), axis=0)
+    ),
+    "Fourier transform, then sum": lambda x, p: (
+        x * jnp.abs(jnp.fft.rfft(x, axis=0)).sum((0, 2))[None, :, None]
+    ),
+    "a row is written": lambda x, p: x.at[:, 0].set(0.5),
+    "rows are added to": lambda x, p: x.at[:, jnp.array([0, 0, 2])].add(
+        jnp.cos(x[:, :3])
+    ),
+    "zeros are written, then sum": lambda x, p: (
+        x * x.at[:, jnp.array([0, 2])].set(0.0).sum(-1, keepdims=True)
+    ),
+    "scattered, then sum": lambda x, p: (
+        x * jnp.zeros((x.shape[0], 3, 8)).at[:, jnp.array([0, 1, 2, 0])].add(x).sum()
+    ),
+    "scaled in places, then sum": lambda x, p: (
+        x * x.at[:, 1].multiply(jnp.exp(x[:, 0])).sum(-1, keepdims=True)
+    ),
+    "each channel's own order of positions": lambda x, p: jnp.take_along_axis(
+        x, jnp.argsort(jnp.cos(x), axis=1), axis=1
+    ),
+    "each channel's own position written, then sum": lambda x, p: (
+        x
+        * jax.vmap(lambda x, i: x.at[:, i].set(0.0), (2, 0), 2)(
+            x, jnp.argmax(x[0], 0)
+        ).sum(-1, keepdims=True)
+    ),
+    "cumulative sum, then sum": lambda x, p: (
+        x * jnp.cumsum(x, 1).sum(-1, keepdims=True)
+    ),
+    "gradient of a pool over positions": lambda x, p: jax.grad(
+        lambda x: (
+            lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 1), (1, 2, 1), "VALID") ** 2
+        ).sum()
+    )(x),
+    "a window of its own over positions": lambda x, p: lax.reduce_window(
+        x, 0.0, lambda a, b: a + 2 * b, (1, 2, 1), (1, 1, 1), "SAME"
+    ),
+    "a reduction of its own over positions": lambda x, p: (
+        x + lax.reduce(x, 0.0, lambda a, b: a + 2 * b, (1,))[:, None]
+    ),
+    "two arrays reduced at once": lambda x, p: (
+        x
+        + lax.reduce(
+            (x, jnp.cos(x)),
+            (0.0, 0.0),
+            lambda a, b: (a[0] + b[0], a[1] + b[1] * a[0]),
+            (1,),
+        )[1][:, None]
+    ),
+    "resized over positions": lambda x, p: jax.image.resize(x, (2, 8, 8), "bilinear"),
+    "nearest over positions": lambda x, p: jax.image.resize(x, (2, 8, 8), "nearest"),
+    "special functions": lambda x, p: jax.scipy.special.gammainc(
+        1 + x * x, jnp.abs(jax.scipy.special.i0e(x))
+    ),
+    "a product in channels": lambda x, p: x * jnp.prod(x, 1, keepdims=True).sum(),
     "identity": lambda x, p: lax.optimization_barrier(x),
 }
 
@@ -460,6 +561,36 @@ def test_the_hidden_state_of_an_lstm_is_one_coupling():
     keep = {state.name: np.arange(8) < 3}
     masks = couplings.masks("recurrent", keep)
     assert masks[0].sum() == 3 and masks[1].tolist() == [*masks[0].tolist() * 4]
+
+
+def test_every_other_channel_is_one_half_of_each_pair():
+    """Gate and value interleaved: their pairs leave together."""
+
+    def fn(p, x):
+        y = x @ p["both"] + p["bias"][None, None]
+        return (jax.nn.silu(y[..., ::2]) * (y[..., 1::2] + 1)) @ p["down"]
+
+    params = {"both": shape(5, 16), "bias": shape(16), "down": shape(8, 5)}
+    assert members(fn, params, X) == {
+        frozenset({("both", 0)}): (5, False),
+        frozenset({("both", 1), ("bias", 0), ("down", 0)}): (8, True),
+        frozenset({("both", 1), ("bias", 0)}): (2, False),
+        frozenset({("down", 1)}): (5, False),
+    }
+    couplings = trace(fn, params, X).couplings
+    (frozen,) = (c for c in couplings if c.size == 2)
+    assert frozen.reason is not None
+    assert frozen.reason.startswith("one in 2 of it is taken at test_couplings.py")
+    rng = np.random.default_rng(0)
+    weights = {
+        n: rng.normal(size=s.shape).astype(np.float32) for n, s in params.items()
+    }
+    keep = random_keep(couplings, rng)
+    small_fn, small = shrunk(fn, weights, couplings, keep)
+    x = rng.normal(size=X.shape).astype(np.float32)
+    want = fn(zero_indices(weights, couplings, keep), x)
+    assert distance(small_fn(small, x), want) < 1e-5
+    assert small["both"].shape[1] == 2 * small["down"].shape[0] < 16
 
 
 def test_depthwise_channels_and_their_multiples_are_two_couplings():

@@ -198,6 +198,14 @@ def test_a_concatenation_that_a_reshape_splits_shares_the_minor_part():
     assert find(a) is find(b) is find(columns)
 
 
+def test_the_minor_part_may_be_a_concatenation_itself():
+    """(x + y + x + y) with (2, x + y): whoever cut 8 in x + y first or last."""
+    x, y, rows, columns = Dim(3), Dim(5), Dim(2), Dim(8)
+    unite(concat([x, y, x, y]), product([rows, columns]), WHY)
+    assert list(atoms(columns)) == [find(x), find(y)]
+    assert all(atom.reason is None for atom in (x, y))
+
+
 @pytest.mark.parametrize(
     "a, b",
     [
