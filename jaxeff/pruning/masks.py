@@ -1,12 +1,11 @@
-"""Magnitude pruning as a gradient transformation.
+"""Masks over a tree of weights: which weights they cover, choosing and applying them.
 
-The mask lives in the optimizer state, so pruning chains with any optax
-optimizer and the model never learns that it is being pruned. This module
-decides *which* weights go; `schedules.py` decides how many, and when.
-
-Source: Zhu & Gupta 2017, arXiv:1710.01878.
+True = kept. A mask is a tree like params, with None where nothing is ever pruned.
+*What* ranks weights is in `criteria.py`, *what* goes together in `patterns.py`, *how
+many* in `distributions.py` and `schedules.py`; this module puts them together.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +15,146 @@ from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
 from jaxeff import tree
 
-from .schedules import Schedule
+from .distributions import Distribution, uniform, Units
+from .patterns import Pattern, Unstructured
+from .ranking import FIRST, order_keys, smallest
+from .schedules import check_sparsity
+
+
+class PruneState(NamedTuple):
+    """What pruning carries from step to step: arrays only, so any checkpoint does.
+
+    Attributes:
+        step: how many updates were made.
+        sparsity: the fraction that the schedule drops; one for each where a mapping
+            of schedules is given.
+        mask: like params, True = kept; None for a leaf that is never pruned.
+        memory: what the criterion remembers of each covered weight, by path.
+        inner: the state of the optimizer that the transform wraps.
+    """
+
+    step: Int[Array, ""]  # not `count`, which is a method of tuple
+    sparsity: Float[Array, ""] | Float[Array, " rules"]
+    mask: PyTree
+    memory: PyTree = ()
+    inner: PyTree = ()
+
+
+class Rule(NamedTuple):
+    """Some weights, by path, and the schedule or sparsity that they follow."""
+
+    paths: list[str]
+    value: Any
+
+
+def cover(params: PyTree, value: Any, only: tree.Patterns | None) -> list[Rule]:
+    """Which weights are pruned, and by what.
+
+    Args:
+        params: the weights.
+        value: one schedule or sparsity; or several by pattern, where a weight
+            follows the first that matches it.
+        only: patterns of the weights, where there is one value. By default every
+            floating-point array of two dims or more.
+
+    Raises:
+        ValueError: a pattern matches no weight, a rule is left without any, or there
+            are both a mapping and `only`.
+    """
+    names = tree.paths(params)
+    if not isinstance(value, Mapping):
+        matrices = [n for n, p in names.items() if jnp.ndim(p) >= 2]
+        chosen = {None: matrices if only is None else tree.match(only, names)}
+    elif only is not None:
+        raise ValueError(
+            f"the patterns {list(value)} say what is pruned, so only={only!r} has "
+            "nothing to say. Leave it out."
+        )
+    else:
+        by_path = tree.assign({pattern: pattern for pattern in value}, names)
+        chosen = {p: [n for n in by_path if by_path[n] == p] for p in value}
+    rules = []
+    for pattern, found in chosen.items():
+        paths = [n for n in found if _can_prune(names[n])]
+        if not paths:
+            shapes = ", ".join(f"{n}{list(jnp.shape(p))}" for n, p in names.items())
+            asked = only if pattern is None else pattern
+            raise ValueError(
+                "nothing to prune: there is no floating-point array "
+                + ("of two dims or more " if asked is None else f"left for {asked!r} ")
+                + f"among {shapes or 'no weights at all'}. `only=` names others."
+            )
+        rules.append(Rule(paths, value if pattern is None else value[pattern]))
+    return rules
+
+
+def _can_prune(p: Any) -> bool:
+    return jnp.issubdtype(p.dtype, jnp.inexact) and p.size > 0
+
+
+def check(rules: list[Rule], params: PyTree, pattern: Pattern, end: Any) -> None:
+    """Refuses weights that a pattern does not fit; `end(value)` is a final sparsity."""
+    names = tree.paths(params)
+    for rule in rules:
+        for path in rule.paths:
+            pattern.check(path, names[path].shape, end(rule.value))
+
+
+def choose(
+    rules: list[Rule],
+    scores: Mapping[str, Array],
+    *,
+    pattern: Pattern,
+    distribution: Distribution,
+    kept: Mapping[str, Array] | None = None,
+) -> dict[str, Bool[Array, "..."]]:
+    """The masks of all covered weights, by path.
+
+    Args:
+        rules: of paths and sparsities.
+        scores: by path; the smallest go.
+        pattern: what goes together.
+        distribution: how many go from each weight of a rule.
+        kept: what earlier masks kept; what they dropped is dropped first.
+    """
+    names = [path for rule in rules for path in rule.paths]
+    keys = {path: order_keys(pattern.units(path, scores[path])) for path in names}
+    if kept is not None:
+        # Stable, smallest first. What was dropped is 0, but others may be 0 too.
+        old = {p: pattern.units(p, kept[p].astype(jnp.float32)) > 0 for p in names}
+        keys = {path: jnp.where(old[path], keys[path], FIRST) for path in names}
+    counts = {}
+    for rule in rules:
+        units = {p: units_of(p, keys[p], scores[p].shape, pattern) for p in rule.paths}
+        counts |= distribution(units, rule.value)
+    return drop(keys, counts, {p: scores[p].shape for p in names}, pattern)
+
+
+def units_of(path: str, keys: Array, shape: tuple[int, ...], pattern: Pattern) -> Units:
+    """The units of one weight, for a distribution."""
+    return Units(keys, pattern.along(path, shape), pattern.layer(path, shape))
+
+
+def drop(
+    keys: Mapping[str, Array],
+    counts: Mapping[str, Array],
+    shapes: Mapping[str, tuple[int, ...]],
+    pattern: Pattern,
+) -> dict[str, Bool[Array, "..."]]:
+    """Masks that drop the given number of units with the smallest keys, by path."""
+    names = list(keys)
+    along = tuple(pattern.along(path, shapes[path]) for path in names)
+    gone = smallest([keys[p] for p in names], [counts[p] for p in names], along)
+    return {
+        path: pattern.expand(path, ~g, shapes[path])
+        for path, g in zip(names, gone, strict=True)
+    }
+
+
+def like(params: PyTree, masks: Mapping[str, Any]) -> PyTree:
+    """A tree like params of what is given by path, None elsewhere."""
+    pick = lambda path, _: masks.get(tree.path_name(path))
+    return jax.tree_util.tree_map_with_path(pick, params)
 
 
 def keep_largest(
@@ -34,106 +172,134 @@ def keep_largest(
         sparsity: in [0, 1].
         kept: what an earlier mask kept; what it dropped is dropped first.
     """
-    n_drop = jnp.round(sparsity * w.size).astype(jnp.int32)
-    # Stable, smallest first. What was dropped is 0, but others may be 0 too.
-    order = jnp.argsort(jnp.where(kept, jnp.abs(w), -1), axis=None)
-    # Ranks are distinct, so ties cannot make us drop too many.
-    keep = jnp.arange(w.size) >= n_drop
-    mask = jnp.zeros(w.size, bool).at[order].set(keep, unique_indices=True)
-    return mask.reshape(w.shape)
+    masks = choose(
+        [Rule([""], jnp.float32(sparsity))],
+        {"": jnp.abs(w)},
+        pattern=Unstructured(),
+        distribution=uniform,
+        kept={"": jnp.broadcast_to(kept, w.shape)},
+    )
+    return masks[""]
 
 
-class PruneState(NamedTuple):
-    """What pruning carries from step to step: arrays only, so any checkpoint does.
-
-    Attributes:
-        step: how many updates were made.
-        sparsity: the fraction that the mask drops of every leaf it covers.
-        mask: like params, True = kept; None for a leaf that is never pruned.
-    """
-
-    step: Int[Array, ""]  # not `count`, which is a method of tuple
-    sparsity: Float[Array, ""]
-    mask: PyTree
-
-
-def prune_by_magnitude(
-    schedule: Schedule, *, only: tree.Patterns | None = None
-) -> optax.GradientTransformation:
-    """Sets the smallest weights of every leaf to exactly zero.
-
-    Place it last in an `optax.chain`: it rewrites the final update. The weights are
-    ranked when the schedule rises, as they are before that step; between two rises
-    the mask stays, and so do its zeros, whatever the optimizer makes of them.
-
-    Laws: after step t exactly round(schedule(t) * size) weights of each covered leaf
-    are dropped, and are 0 in every dtype; the others get the very update that they
-    would have got without pruning; and while the schedule does not fall a dropped
-    weight stays dropped.
+def make_masks(
+    scores: PyTree,
+    sparsity: float | Mapping[str, float],
+    *,
+    only: tree.Patterns | None = None,
+    pattern: Pattern | None = None,
+    distribution: Distribution = uniform,
+    kept: PyTree | None = None,
+) -> PyTree:
+    """Masks that drop the smallest scores of a tree, outside of any training.
 
     Args:
-        schedule: maps the step to the fraction to drop, in [0, 1).
-        only: patterns of the weights to prune. By default every floating-point
-            array of two dims or more, which leaves out biases and the scales of
-            norms, unless a scan stacks them.
+        scores: like params, the larger the better: `abs` of the weights, or for SNIP
+            |w * grad|.
+        sparsity: the fraction to drop, in [0, 1); or several by pattern.
+        only: patterns of the weights to prune, where there is one sparsity. By
+            default every floating-point array of two dims or more.
+        pattern: `Unstructured()` by default, `Blocks` or `NofM`.
+        distribution: `uniform`, `erdos_renyi`, `erk` or `global_ranking`.
+        kept: what earlier masks kept, like params; what they dropped goes first.
+
+    Returns:
+        Like `scores`, True = kept; None where nothing is pruned.
 
     Raises:
-        ValueError: at `init`, where a pattern matches no weight or nothing is left to
-            prune; at `update`, where it is called without params.
+        ValueError: nothing to prune, a sparsity is out of range, or the pattern or
+            the distribution does not fit the weights.
     """
-
-    def init(params):
-        covered = _covered(params, only)
-        keep_all = lambda p, c: jnp.ones(jnp.shape(p), bool) if c else None
-        mask = jax.tree.map(keep_all, params, covered)
-        return PruneState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32), mask)
-
-    def update(updates, state, params=None):
-        if params is None:
-            raise ValueError(
-                "prune_by_magnitude ranks the weights themselves: "
-                "call `tx.update(grads, state, params)`."
-            )
-        sparsity = jnp.asarray(schedule(state.step), jnp.float32)
-
-        def rank(mask):
-            drop = lambda m, p: None if m is None else keep_largest(p, sparsity, m)
-            return jax.tree.map(drop, mask, params, is_leaf=_is_none)
-
-        # Sorting every weight costs more than many a step: only where it is due.
-        rises = sparsity != state.sparsity
-        mask = jax.lax.cond(rises, rank, lambda mask: mask, state.mask)
-        updates = jax.tree.map(_masked, mask, updates, params, is_leaf=_is_none)
-        return updates, PruneState(state.step + 1, sparsity, mask)
-
-    return optax.GradientTransformation(init, update)
+    pattern = pattern or Unstructured()
+    rules = cover(scores, sparsity, only)
+    for rule in rules:
+        check_sparsity("sparsity", rule.value)
+    check(rules, scores, pattern, float)
+    names = tree.paths(scores)
+    masks = choose(
+        rules,
+        {path: names[path] for rule in rules for path in rule.paths},
+        pattern=pattern,
+        distribution=distribution,
+        kept=None if kept is None else tree.paths(kept),
+    )
+    return like(scores, masks)
 
 
-def _masked(mask: Array | None, update: Any, p: Any) -> Any:
-    if mask is None:
-        return update
-    # p + (-p) is exactly 0, in every dtype; and so in the wider of two.
-    return jnp.where(mask, update, -p)
+def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
+    """Params with zeros where a mask is False; gradients pass straight through.
+
+    What is dropped gets the gradient that it would have if it were there, and what
+    the mask does not cover stays as it is.
+
+    Args:
+        params: the weights.
+        masks: like params, None where nothing is pruned.
+
+    Source: Bengio et al. 2013, arXiv:1308.3432, the straight-through estimator.
+    """
+    return jax.tree.map(
+        lambda m, p: p if absent(m) else _through(p, m), masks, params, is_leaf=absent
+    )
 
 
-def _is_none(x: Any) -> bool:
-    return x is None
+def masked(params: PyTree, opt_state: PyTree) -> PyTree:
+    """What a model with masks in its optimizer state computes with.
 
+    Inside a loss it gives straight-through gradients, see `straight_through`; after
+    training the finished weights; and before the first step of `prune`, `rigl` or
+    `fix_masks` the weights that their masks leave.
 
-def _covered(params: PyTree, only: tree.Patterns | None) -> PyTree:
-    """Like params: which weights are pruned."""
-    names = tree.paths(params)
-    if only is None:
-        chosen = [n for n, p in names.items() if jnp.ndim(p) >= 2]
-    else:
-        chosen = tree.match(only, names)
-    chosen = {n for n in chosen if jnp.issubdtype(names[n].dtype, jnp.inexact)}
-    if not chosen:
-        shapes = ", ".join(f"{n}{list(jnp.shape(p))}" for n, p in names.items())
+    Args:
+        params: what `tx.init` was given, or newer.
+        opt_state: of any optax optimizer with a transform of this package in it.
+
+    Raises:
+        ValueError: no masks in the state.
+    """
+    states = list(prune_states(opt_state))
+    if not states:
         raise ValueError(
-            "nothing to prune: there is no floating-point array "
-            + ("of two dims or more " if only is None else f"that matches {only!r} ")
-            + f"among {shapes or 'no weights at all'}. `only=` names others."
+            "the masks are in the optimizer state, but this one has none: chain a "
+            "transform of jaxeff.pruning, and pass the state that its `init` returned."
         )
-    covers = lambda path, p: tree.path_name(path) in chosen
-    return jax.tree_util.tree_map_with_path(covers, params)
+    for state in states:
+        params = apply_masks(params, state.mask)
+    return params
+
+
+def prune_states(opt_state: PyTree):
+    """Every PruneState of an optimizer state, outer ones first."""
+    here = lambda x: isinstance(x, PruneState)
+    for x in jax.tree.leaves(opt_state, is_leaf=here):
+        if here(x):
+            yield x
+            yield from prune_states(x.inner)
+
+
+def masked_updates(masks: PyTree, updates: PyTree, params: PyTree) -> PyTree:
+    """Updates that take what is dropped to exactly 0 and leave the others."""
+    # p + (-p) is exactly 0, in every dtype; and so in the wider of two.
+    drop = lambda m, u, p: u if absent(m) else jnp.where(m, u, -p)
+    return jax.tree.map(drop, masks, updates, params, is_leaf=absent)
+
+
+def zeroed(masks: PyTree, grads: PyTree) -> PyTree:
+    """Gradients as a model has them that lacks what is dropped."""
+    zero = lambda m, g: g if absent(m) else jnp.where(m, g, 0)
+    return jax.tree.map(zero, masks, grads, is_leaf=absent)
+
+
+def absent(mask: Any) -> bool:
+    """Whether there is no mask here: not covered, or not for this transform."""
+    return mask is None or isinstance(mask, optax.MaskedNode)
+
+
+@jax.custom_jvp
+def _through(w: Array, keep: Array) -> Array:
+    return jnp.where(keep, w, 0)
+
+
+@_through.defjvp
+def _through_jvp(primals, tangents):
+    return _through(*primals), tangents[0]

@@ -6,6 +6,7 @@ weight can only recover from a loss of its neighbours between two rises.
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -18,8 +19,8 @@ def one_shot(sparsity: float | int, at_step: int = 0) -> Schedule:
     Raises:
         ValueError: `sparsity` is outside [0, 1) or `at_step` is negative.
     """
-    _check_sparsity("sparsity", sparsity)
-    _check_steps("at_step", at_step, least=0)
+    check_sparsity("sparsity", sparsity)
+    check_steps("at_step", at_step, least=0)
     return lambda step: jnp.where(step < at_step, 0.0, sparsity).astype(jnp.float32)
 
 
@@ -52,16 +53,16 @@ def polynomial(
 
     Source: Zhu & Gupta 2017, arXiv:1710.01878, equation 1.
     """
-    _check_sparsity("start", start)
-    _check_sparsity("end", end)
+    check_sparsity("start", start)
+    check_sparsity("end", end)
     if end < start:
         raise ValueError(
             f"sparsity rises, but start is {start} and end is {end}. Exchange them; "
             "a weight that was pruned does not come back."
         )
-    _check_steps("begin", begin, least=0)
-    _check_steps("steps", steps, least=1)
-    _check_steps("every", every, least=1)
+    check_steps("begin", begin, least=0)
+    check_steps("steps", steps, least=1)
+    check_steps("every", every, least=1)
     if steps % every:
         raise ValueError(
             f"every must divide steps, got every={every} and steps={steps}. The last "
@@ -81,7 +82,44 @@ def polynomial(
     return sparsity
 
 
-def _check_sparsity(name: str, sparsity: float | int) -> None:
+def periodic(fraction: float | int, *, begin: int, every: int, times: int) -> Schedule:
+    """Every `every` steps from `begin` on, `times` times, a fraction of what is left.
+
+    The sparsity after the k-th time is 1 - (1 - fraction) ** k.
+
+    Args:
+        fraction: of the weights that are left, in [0, 1).
+        begin: the first step that prunes.
+        every: how many steps lie between two rises.
+        times: how many rises there are.
+
+    Raises:
+        ValueError: `fraction` is outside [0, 1), or a number is out of range.
+
+    Source: Han et al. 2015, arXiv:1506.02626, section 3.3; with training from the
+        start in between, Frankle & Carbin 2019, arXiv:1803.03635, section 2.
+    """
+    check_sparsity("fraction", fraction)
+    check_steps("begin", begin, least=0)
+    check_steps("every", every, least=1)
+    check_steps("times", times, least=1)
+
+    def sparsity(step: Int[Array, ""] | int) -> Float[Array, ""]:
+        k = jnp.minimum((step - begin) // every + 1, times)
+        k = jnp.where(step < begin, 0, k)
+        return (1 - (1 - fraction) ** k.astype(jnp.float32)).astype(jnp.float32)
+
+    return sparsity
+
+
+def final_sparsity(schedule: Schedule) -> float:
+    """What a schedule ends at, known while tracing: its value at step 2**30."""
+    with jax.ensure_compile_time_eval():
+        return float(schedule(jnp.int32(2**30)))
+
+
+def check_sparsity(name: str, sparsity: float | int) -> None:
+    """Refuses what is not a fraction of weights to drop."""
     if not 0 <= sparsity < 1:
         raise ValueError(
             f"{name} is the fraction of weights to drop, in [0, 1), got {sparsity}. "
@@ -89,6 +127,7 @@ def _check_sparsity(name: str, sparsity: float | int) -> None:
         )
 
 
-def _check_steps(name: str, steps: int, *, least: int) -> None:
+def check_steps(name: str, steps: int, *, least: int) -> None:
+    """Refuses a number of steps that is too small."""
     if steps < least:
         raise ValueError(f"{name} counts steps and is at least {least}, got {steps}.")

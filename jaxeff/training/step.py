@@ -94,7 +94,11 @@ def init_state(
 
 
 def make_train_step(
-    loss: Loss, tx: optax.GradientTransformation, *, trainable: Patterns = "**"
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    *,
+    trainable: Patterns = "**",
+    view: Callable[[PyTree, PyTree], PyTree] | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """`step(state, batch) -> (state, metrics)`, jitted; the old state is donated.
 
@@ -106,6 +110,9 @@ def make_train_step(
         tx: the optimizer.
         trainable: patterns of the weights that train; the others, and all that is
             not floating-point, are constants to `grad` and never reach `tx`.
+        view: `view(params, opt_state) -> params`, what the loss sees of the weights
+            that train; `grad` goes through it. `pruning.masked` shows what masks in
+            the optimizer state leave.
 
     Returns:
         The step. Its metrics are `loss` and what the loss puts into `Aux`.
@@ -120,7 +127,8 @@ def make_train_step(
         key = jr.fold_in(state.key, state.step)
 
         def objective(train):
-            value, aux = _checked(loss(combine(train, frozen), batch, key))
+            seen = train if view is None else view(train, state.opt_state)
+            value, aux = _checked(loss(combine(seen, frozen), batch, key))
             scaled = value if state.scaler is None else state.scaler.scale(value)
             return scaled, (value, aux)
 
