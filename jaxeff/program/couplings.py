@@ -22,6 +22,11 @@ from .walk import needed
 from .zero_rules import NOTHING
 from .zeros import Zeros
 
+_UNUSED = (
+    "this function does not use {}: trace one that does, as a model uses its running "
+    "statistics in evaluation"
+)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Coupling:
@@ -161,7 +166,8 @@ def find_couplings(jaxpr: ClosedJaxpr, weights: Sequence[str | None]) -> Couplin
             dims = tuple(fix(d, lambda: "it is a dim of the inputs") for d in dims)
         elif not live:
             # Another function of the same weights may use it, in any way.
-            dims = tuple(fix(d, lambda: "this function does not use it") for d in dims)
+            reason = functools.partial(_UNUSED.format, path)
+            dims = tuple(fix(d, reason) for d in dims)
         ins.append(dims)
     outs = solver.solve(jaxpr, ins)
     for dims in outs:

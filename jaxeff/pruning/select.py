@@ -16,7 +16,7 @@ from .scores import magnitude, Score, Scores
 from .search import search
 from .selection import Selection
 
-Keep = float | int | Mapping[str, float | int]
+Keep = Any  # a fraction, or fractions by pattern; checked below, with words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,51 +183,77 @@ def _choose(
 ) -> dict[str, tuple[float, int]]:
     """For each coupling to shrink, by name, the fraction to keep, and whose it is."""
     rules = keep if isinstance(keep, Mapping) else {"**": keep}
-    for fraction in rules.values():
-        if not 0 <= fraction <= 1:
-            raise ValueError(
-                f"keep is the fraction that stays, in [0, 1], got {fraction}: 0.5 "
-                "keeps half."
-            )
-    couplings, paths = program.couplings, list(program.shapes)
-    multiplying = {site.path for site in program.sites}
-    inexact = [c for c in couplings if c.inexact]
-    allowed = [*couplings.free]
-    for pattern in [approximate] if isinstance(approximate, str) else approximate:
-        matched = set(tree.match(pattern, paths))
-        hit = _hit(inexact, matched, multiplying)
-        if not hit:
-            raise ValueError(
-                f"approximate={pattern!r} chooses no coupling that is frozen for "
-                f"exactness alone. {_why(inexact, matched)}"
-            )
-        allowed += [c for c in hit if c not in allowed]
-    if not allowed:
-        raise ValueError(f"nothing in this function can be removed. {_why(couplings)}")
+    _check_fractions(rules)
+    names = list(program.shapes)
+    matched = {pattern: set(tree.match(pattern, names)) for pattern in rules}
+    allowed = _allowed(program, approximate)
     out: dict[str, tuple[float, int]] = {}
     for group, (pattern, fraction) in enumerate(rules.items()):
-        matched = set(tree.match(pattern, paths))
-        hit = _hit(allowed, matched, multiplying)
+        hit = _hit(program, allowed, matched[pattern])
         if not hit:
-            near = [c for c in couplings if {p for p, _ in c.members} & matched]
+            near = [c for c in program.couplings if _weights(c) & matched[pattern]]
             raise ValueError(
-                f"pattern {pattern!r} chooses no coupling: each couples weights that "
-                f"it does not match, or is frozen. {_why(near, matched)}"
+                f"pattern {pattern!r} chooses no coupling: a pattern matches all the "
+                "multiplying weights of what it chooses. "
+                + _why(program, near, matched[pattern])
+            )
+        if all(c.name in out for c in hit):
+            raise ValueError(
+                f"pattern {pattern!r} comes too late: the ones before it chose all of "
+                f"its couplings ({', '.join(c.name for c in hit[:4])}), and the first "
+                "counts. Put it before them."
             )
         for c in hit:
             out.setdefault(c.name, (float(fraction), group))
     return out
 
 
+def _check_fractions(rules: Mapping[str, Any]) -> None:
+    if not rules:
+        raise ValueError("keep names no pattern, so nothing would be removed.")
+    for pattern, fraction in rules.items():
+        number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+        if not number or not 0 <= fraction <= 1:
+            raise ValueError(
+                f"keep is the fraction that stays, in [0, 1], got {fraction!r} for "
+                f"{pattern!r}: 0.5 keeps half."
+            )
+
+
+def _allowed(program: Program, approximate: tree.Patterns) -> list[Coupling]:
+    """The couplings that may shrink, exactly or as asked for by name."""
+    inexact = [c for c in program.couplings if c.inexact]
+    allowed = [*program.couplings.free]
+    for pattern in [approximate] if isinstance(approximate, str) else approximate:
+        matched = set(tree.match(pattern, program.shapes))
+        hit = _hit(program, inexact, matched)
+        if not hit:
+            raise ValueError(
+                f"approximate={pattern!r} chooses no coupling that is frozen for "
+                f"exactness alone. {_why(program, inexact, matched)}"
+            )
+        allowed += [c for c in hit if c not in allowed]
+    if not allowed:
+        raise ValueError(
+            "nothing in this function can be removed. "
+            + _why(program, program.couplings, set())
+        )
+    return allowed
+
+
+def _weights(c: Coupling) -> set[str]:
+    return {path for path, _ in c.members}
+
+
 def _hit(
-    couplings: Sequence[Coupling], matched: set[str], multiplying: set[str]
+    program: Program, couplings: Sequence[Coupling], matched: set[str]
 ) -> list[Coupling]:
     """The couplings all of whose multiplying weights are matched."""
-    weights = lambda c: {p for p, _ in c.members}
+    kernels = {site.path for site in program.sites}
     return [
         c
         for c in couplings
-        if weights(c) & matched and weights(c) & multiplying <= matched
+        if _weights(c) & matched and _weights(c) & kernels <= matched
     ]
 
 
@@ -250,12 +276,15 @@ def _check_scores(
             )
 
 
-def _why(couplings: Sequence[Coupling], matched: set[str] | None = None) -> str:
+def _why(program: Program, couplings: Sequence[Coupling], matched: set[str]) -> str:
     """The first few couplings, and what stands against each."""
+    kernels = {site.path for site in program.sites}
     said = []
     for c in couplings[:4]:
-        others = sorted({p for p, _ in c.members} - (matched or set()))
-        why = c.reason if c.frozen else f"it also holds {', '.join(others[:3])}"
+        others = sorted((_weights(c) & kernels) - matched)
+        why = f"it also holds {', '.join(others[:4])}"
+        if c.frozen:
+            why = f"{c.reason}" + " (`approximate` takes it all the same)" * c.inexact
         path, dim = c.members[0]
         said.append(f"{c.name} (dim {dim} of {path}, size {c.size}): {why}")
     return "; ".join(said or ["There is none"]) + "."

@@ -120,6 +120,41 @@ def test_bad_options_are_one_clear_line(options, message):
         select(two, weights(), X, **options)
 
 
+# Which couplings a pattern chooses.
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"keep": {}}, "names no pattern"),
+        ({"keep": {"a": 0.5}}, r"also holds b[;.]"),
+        ({"keep": {"**": 0.5, "{a,b}": 0.2}}, "comes too late"),
+        ({"keep": {"x": 0.5}}, "Nearest"),
+        ({"keep": "0.5"}, r"in \[0, 1\], got '0.5'"),
+        ({"keep": True}, r"in \[0, 1\], got True"),
+    ],
+)
+def test_a_pattern_that_does_nothing_says_why(options, message):
+    with pytest.raises(ValueError, match=message):
+        select(two, weights(), X, **options)
+
+
+def test_a_typo_is_told_even_where_nothing_could_go():
+    with pytest.raises(ValueError, match="Nearest: w"):
+        select(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, X, keep={"v": 0.5})
+
+
+def test_what_the_function_does_not_use_is_named():
+    fn = lambda p, x: jnp.tanh(x @ p["a"] * jnp.ones((1, 8))) @ p["b"] @ p["c"]
+    used = lambda p, x: jnp.tanh(x @ p["a"] + p["mean"][None]) @ p["b"] @ p["c"]
+    params = {**weights(), "mean": jnp.ones(8)}
+    couplings = trace(fn, params, X).couplings
+    (c,) = [c for c in couplings if ("mean", 0) in c.members]
+    assert c.frozen and "does not use mean: trace one that does" in c.reason
+    couplings = trace(used, params, X).couplings
+    assert ("mean", 0) in next(c for c in couplings.free if c.size == 8).members
+
+
 # Budgets.
 
 
