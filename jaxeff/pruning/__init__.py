@@ -56,6 +56,7 @@ from .scores import (
 from .select import select as select
 from .selection import Selection as Selection, Trial as Trial
 from .shrink import shrink as shrink, shrink_in_rounds as shrink_in_rounds
+from .sparse_training import group_lasso as group_lasso, l1 as l1
 from .transforms import (
     fix_masks as fix_masks,
     prune as prune,

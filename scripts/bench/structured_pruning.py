@@ -1,0 +1,239 @@
+"""Which score and which scope keep a trained ResNet-20 best at half of its FLOPs?
+
+    python scripts/bench/structured_pruning.py --data-dir DIR --load resnet20.safetensors
+
+Shrinks the model to the budget by every score, within each coupling and over all of
+them, measures it on the 10,000 test images of CIFAR-10, fine-tunes it (shifts and
+mirror images, distilled from the dense model, AdamW) and measures it again: means
+over the seeds. Each finished row is in `--output`, and a second run goes on from there.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+
+from jaxeff import data, models, pruning
+from jaxeff.distillation import response_loss, taught
+from jaxeff.program import trace
+from jaxeff.pruning import Score, Selection
+from jaxeff.training import (
+    accuracy,
+    classifier,
+    fit,
+    forms,
+    init_state,
+    make_train_step,
+)
+from jaxeff.training.cli import main
+from jaxeff.training.results import about, write_json
+
+# How the trained ResNet-20 wants its input: the usual statistics of ImageNet.
+INPUT = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+# Images that the scores look at.
+LOOKED_AT = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options."""
+
+    data_dir: Path
+    """Folder with CIFAR-10."""
+    load: Path
+    """The trained ResNet-20, as .safetensors."""
+    budget: float = 0.5
+    """Fraction of the FLOPs that stays, in (0, 1)."""
+    scores: tuple[str, ...] = ()
+    """Only these scores; all by default."""
+    scopes: tuple[str, ...] = ("local", "global")
+    """Rank within each coupling, or over all of them."""
+    epochs: float = 5
+    """Passes over the 20,000 training images after shrinking; 0 measures only before."""
+    batch_size: int = 128
+    """Images per step."""
+    learning_rate: float = 2e-3
+    """Of AdamW, at its peak."""
+    temperature: float = 4.0
+    """Of the distillation."""
+    seeds: int = 3
+    """Runs of each row."""
+    output: Path = Path("benchmarks/structured_pruning.json")
+    """JSON file for the results, and to go on from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The trained model and the data."""
+
+    fn: Callable
+    train_fn: Callable
+    params: Any
+    train: data.Dataset
+    test: data.Dataset
+
+
+def read(c: Config) -> Model:
+    """Reads model and data."""
+    train, test = data.load("cifar10", c.data_dir, **INPUT)
+    model, params = models.load_resnet20(c.load)
+    fn, train_fn = forms(model, params)
+    return Model(fn, train_fn, params, train, test)
+
+
+def score_of(name: str, m: Model, seed: int) -> tuple[Score, str]:
+    """A score, and how it is made comparable between couplings."""
+    order = jr.permutation(jr.key(seed), len(m.train))[:LOOKED_AT]
+    images, labels = m.train.images[order], m.train.labels[order]
+
+    def loss(params, images, labels):
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            m.fn(params, images), labels
+        )
+        return losses.mean()
+
+    parts = [slice(i, i + 32) for i in range(0, LOOKED_AT, 32)]
+    batches = [(images[p], labels[p]) for p in parts]
+    scores: dict[str, tuple[Score, str]] = {
+        "random": (pruning.random(seed), "mean"),
+        "L1": (pruning.magnitude(1), "mean"),
+        "L2": (pruning.magnitude(2), "mean"),
+        "LAMP": (pruning.lamp(), "none"),
+        "norm scale": (pruning.norm_scale(), "none"),
+        "geometric median": (pruning.geometric_median(), "mean"),
+        "Taylor": (pruning.taylor(loss, batches), "none"),
+        "Fisher": (pruning.fisher(loss, batches), "none"),
+        "output error": (pruning.output_error([(images[:64],)]), "none"),
+    }
+    if name not in scores:
+        raise ValueError(f"there is no score {name!r}. Choose of: {', '.join(scores)}.")
+    return scores[name]
+
+
+SCORES = (
+    "random",
+    "L1",
+    "L2",
+    "LAMP",
+    "norm scale",
+    "geometric median",
+    "Taylor",
+    "Fisher",
+    "output error",
+)
+
+
+def shrink(c: Config, m: Model, score: str, scope: str, seed: int) -> Selection:
+    """What leaves, to fit the budget."""
+    scorer, normalize = score_of(score, m, seed)
+    return pruning.select(
+        m.fn,
+        m.params,
+        jnp.asarray(m.train.images[:1]),
+        score=scorer,
+        scope=scope,
+        normalize=normalize,
+        floor=2,
+        budget=pruning.flops(c.budget),
+    )
+
+
+def finetune(c: Config, m: Model, chosen: Selection, seed: int) -> Any:
+    """The weights after training with the dense model as the teacher."""
+    params = chosen.take(m.params)
+    steps = round(c.epochs * data.steps_per_epoch(m.train, c.batch_size))
+    if steps == 0:
+        return params
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, c.learning_rate, max(1, steps // 20), max(2, steps)
+    )
+    tx = optax.adamw(rate, weight_decay=1e-3)
+    student = classifier(chosen.resize(m.train_fn), augment=data.augmentation(m.train))
+    loss = response_loss(student, m.fn, temperature=c.temperature)
+    step = taught(make_train_step(loss, tx, trainable="params/**"), m.params)
+    state = init_state(params, tx, jr.key(seed), trainable="params/**")
+    batches = data.batches(m.train, c.batch_size, seed=seed)
+    return fit(step, state, data.prefetch(batches), steps=steps).params
+
+
+def measure(c: Config, m: Model, score: str, scope: str, seed: int) -> dict[str, Any]:
+    """One run."""
+    began = time.perf_counter()
+    chosen = shrink(c, m, score, scope, seed)
+    fn, params = chosen.resize(m.fn), chosen.take(m.params)
+    x = jnp.asarray(m.train.images[:1])
+    cost = lambda fn, params: trace(fn, params, x).costs.flops
+    before = accuracy(fn, params, m.test, 500)
+    searched = time.perf_counter()
+    after = accuracy(fn, finetune(c, m, chosen, seed), m.test, 500)
+    return {
+        "score": score,
+        "scope": scope,
+        "seed": seed,
+        "epochs": c.epochs,
+        "flops": cost(fn, params) / cost(m.fn, m.params),
+        "before": before,
+        "after": after,
+        "widths": [int(mask.sum()) for mask in chosen.keep.values()],
+        "select_seconds": searched - began,
+        "train_seconds": time.perf_counter() - searched,
+    }
+
+
+def run(c: Config) -> None:
+    """Every row that is not there yet; then the table."""
+    m = read(c)
+    options = {
+        "budget": c.budget,
+        "batch_size": c.batch_size,
+        "learning_rate": c.learning_rate,
+        "temperature": c.temperature,
+    }
+    found = json.loads(c.output.read_text()) if c.output.is_file() else {"rows": []}
+    if found["rows"] and found["options"] != options:
+        raise ValueError(
+            f"{c.output} holds rows made with {found['options']}, and now it is "
+            f"{options}. Name another --output."
+        )
+    rows = found["rows"]
+    done = {(r["score"], r["scope"], r["seed"], r["epochs"]) for r in rows}
+    dense = accuracy(m.fn, m.params, m.test, 500)
+    for seed in range(c.seeds):
+        for score in c.scores or SCORES:
+            for scope in c.scopes:
+                if (score, scope, seed, c.epochs) in done:
+                    continue
+                print(f"{score}, {scope}, seed {seed}", flush=True)
+                rows.append(measure(c, m, score, scope, seed))
+                write_json(
+                    c.output,
+                    about() | {"options": options, "dense": dense, "rows": rows},
+                )
+    print(f"dense: {dense:.2%}")
+    for line in summary(rows):
+        print(line)
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each score, scope and length of training: means over the seeds."""
+    keys = dict.fromkeys((r["score"], r["scope"], r["epochs"]) for r in rows)
+    lines = []
+    for key in keys:
+        same = [r for r in rows if (r["score"], r["scope"], r["epochs"]) == key]
+        mean = lambda name: statistics.mean(r[name] for r in same)
+        lines.append(
+            f"{key[0]:17} {key[1]:7} {key[2]:4g} epochs  before {mean('before'):7.2%}  "
+            f"after {mean('after'):7.2%}  FLOPs {mean('flops'):.1%}  ({len(same)} seeds)"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main(run, Config, description=__doc__)
