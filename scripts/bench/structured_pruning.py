@@ -1,6 +1,6 @@
 """Which score and which scope keep a trained ResNet-20 best at half of its FLOPs?
 
-    python scripts/bench/structured_pruning.py --data-dir DIR --load resnet20.safetensors
+    python scripts/bench/structured_pruning.py --data-dir DIR --load FILE
 
 Shrinks the model to the budget by every score, within each coupling and over all of
 them, measures it on the 10,000 test images of CIFAR-10, fine-tunes it (shifts and
@@ -56,7 +56,7 @@ class Config:
     scopes: tuple[str, ...] = ("local", "global")
     """Rank within each coupling, or over all of them."""
     epochs: float = 5
-    """Passes over the 20,000 training images after shrinking; 0 measures only before."""
+    """Passes over the 20,000 training images after shrinking; 0 does not train."""
     batch_size: int = 128
     """Images per step."""
     learning_rate: float = 2e-3
@@ -212,10 +212,8 @@ def run(c: Config) -> None:
                     continue
                 print(f"{score}, {scope}, seed {seed}", flush=True)
                 rows.append(measure(c, m, score, scope, seed))
-                write_json(
-                    c.output,
-                    about() | {"options": options, "dense": dense, "rows": rows},
-                )
+                found = {"options": options, "dense": dense, "rows": rows}
+                write_json(c.output, about() | found)
     print(f"dense: {dense:.2%}")
     for line in summary(rows):
         print(line)
@@ -223,14 +221,16 @@ def run(c: Config) -> None:
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each score, scope and length of training: means over the seeds."""
-    keys = dict.fromkeys((r["score"], r["scope"], r["epochs"]) for r in rows)
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for r in rows:
+        groups.setdefault((r["score"], r["scope"], r["epochs"]), []).append(r)
+    mean = lambda name, same: statistics.mean(r[name] for r in same)
     lines = []
-    for key in keys:
-        same = [r for r in rows if (r["score"], r["scope"], r["epochs"]) == key]
-        mean = lambda name: statistics.mean(r[name] for r in same)
+    for (score, scope, epochs), same in groups.items():
         lines.append(
-            f"{key[0]:17} {key[1]:7} {key[2]:4g} epochs  before {mean('before'):7.2%}  "
-            f"after {mean('after'):7.2%}  FLOPs {mean('flops'):.1%}  ({len(same)} seeds)"
+            f"{score:17} {scope:7} {epochs:4g} epochs  {len(same)} seeds  "
+            f"FLOPs {mean('flops', same):.1%}  before {mean('before', same):7.2%}  "
+            f"after {mean('after', same):7.2%}"
         )
     return lines
 
