@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from jax.extend.core import JaxprEqn
+from jax.lax import GatherScatterMode
 
 from .dims import fix
 from .rule import because, Dims, fixed, fresh, Mode, unite_all
@@ -14,6 +15,12 @@ def top_k(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     fix(x[axis], because(eqn, "the largest along it are chosen"))
     chosen = [fixed(eqn, "the largest", i)[axis] for i in range(len(eqn.outvars))]
     return [(*x[:axis], d, *x[axis + 1 :]) for d in chosen]
+
+
+def _starts_at_0(eqn: JaxprEqn, d: int, indexed: Sequence[int]) -> bool:
+    """Whether a window as large as the dim lies on the dim: not beside it."""
+    fills = eqn.params["mode"] == GatherScatterMode.FILL_OR_DROP
+    return d not in indexed or not fills
 
 
 def gather(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
@@ -29,7 +36,7 @@ def gather(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     for d, n in enumerate(sizes):
         if d in shared:
             continue
-        whole = n == x[d].size and d not in numbers.start_index_map
+        whole = n == x[d].size and _starts_at_0(eqn, d, numbers.start_index_map)
         if not whole:
             fix(x[d], because(eqn, "positions along it are looked up"))
         if d not in numbers.collapsed_slice_dims:
@@ -80,7 +87,7 @@ def scatter(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
         else:
             update = updates[next(windows)]
             whole = update.size == dim.size
-            if whole and d not in numbers.scatter_dims_to_operand_dims:
+            if whole and _starts_at_0(eqn, d, numbers.scatter_dims_to_operand_dims):
                 unite_all(eqn, [dim, update])
             else:
                 fix(dim, because(eqn, "a part of it is written"))

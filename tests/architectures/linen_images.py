@@ -96,7 +96,7 @@ class MLPMixer(nn.Module):
         x = x.reshape(x.shape[0], -1, self.width)
         for _ in range(self.layers):
             y = nn.LayerNorm()(x).swapaxes(1, 2)
-            y = nn.Dense(y.shape[-1])(nn.gelu(nn.Dense(12, name=None)(y)))
+            y = nn.Dense(y.shape[-1])(nn.gelu(nn.Dense(12)(y)))
             x = x + y.swapaxes(1, 2)
             y = nn.gelu(nn.Dense(24)(nn.LayerNorm()(x)))
             x = x + nn.Dense(self.width)(y)
