@@ -57,7 +57,7 @@ def by_random() -> Criterion:
     return Criterion(_nothing, _nothing, lambda m, w, g, key: jr.uniform(key, w.shape))
 
 
-def by_saliency(decay: float = 0.0) -> Criterion:
+def by_saliency(decay: float | int = 0.0) -> Criterion:
     """|w dL/dw|: how much the loss changes, to first order, if the weight goes.
 
     At once, and ranked over all weights, this is SNIP where it prunes at step 0:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Int32
 from .ranking import shared_counts
 
 Dims = tuple[int, ...]
-Sparsity = Float[Array, ""] | float
+Sparsity = Float[Array, ""] | float | int
 
 
 class Units(NamedTuple):
@@ -86,7 +86,7 @@ def global_ranking(units: Mapping[str, Units], sparsity: Sparsity) -> Counts:
 
 
 def layer_sparsities(
-    shapes: Mapping[str, Dims], sparsity: float, distribution: Distribution
+    shapes: Mapping[str, Dims], sparsity: float | int, distribution: Distribution
 ) -> dict[str, float]:
     """The fraction that each layer would lose, to look at before training.
 

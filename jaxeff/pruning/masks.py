@@ -184,7 +184,7 @@ def keep_largest(
 
 def make_masks(
     scores: PyTree,
-    sparsity: float | Mapping[str, float],
+    sparsity: float | int | Mapping[str, float | int],
     *,
     only: tree.Patterns | None = None,
     pattern: Pattern | None = None,

@@ -18,7 +18,7 @@ from .dims import Dims, dims_of, DimsOf
 class Pattern(Protocol):
     """What the rest needs to know of a pattern; `path` names the weight."""
 
-    def check(self, path: str, shape: Dims, sparsity: float) -> None:
+    def check(self, path: str, shape: Dims, sparsity: float | int) -> None:
         """Refuses a shape that does not divide, or a final sparsity out of reach."""
         ...
 
@@ -51,7 +51,7 @@ class Unstructured:
 
     per: DimsOf = ()
 
-    def check(self, path: str, shape: Dims, sparsity: float) -> None:
+    def check(self, path: str, shape: Dims, sparsity: float | int) -> None:
         """Any shape and any sparsity will do; the dims have to exist."""
         self.along(path, shape)
 
@@ -90,7 +90,7 @@ class Blocks:
     dims: DimsOf = (-2, -1)
     per: DimsOf = ()
 
-    def check(self, path: str, shape: Dims, sparsity: float) -> None:
+    def check(self, path: str, shape: Dims, sparsity: float | int) -> None:
         """Tiles divide both dims, and at least one goes and one stays."""
         self._tile(path, shape)
         self.along(path, shape)
@@ -172,7 +172,7 @@ class NofM:
                 f"m={self.m}. 2:4 is n=2, m=4."
             )
 
-    def check(self, path: str, shape: Dims, sparsity: float) -> None:
+    def check(self, path: str, shape: Dims, sparsity: float | int) -> None:
         """Groups divide the dims, and the schedule ends at theirs."""
         size = math.prod(shape[d] for d in self._dims(path, shape))
         if size % self.m:

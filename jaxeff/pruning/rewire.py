@@ -35,13 +35,13 @@ from .transforms import covered, needed, observe, score, seed_key
 
 def rewire(
     inner: optax.GradientTransformation,
-    sparsity: float | Mapping[str, float],
+    sparsity: float | int | Mapping[str, float | int],
     *,
     grow: Criterion,
     drop: Criterion | None = None,
     every: int,
     until: int,
-    fraction: float = 0.3,
+    fraction: float | int = 0.3,
     only: tree.Patterns | None = None,
     pattern: Pattern | None = None,
     distribution: Distribution = erk,
@@ -116,21 +116,20 @@ def rewire(
             name: observe(by[name], state.memory[name], params, grads) for name in by
         }
 
-        def move(mask, held):
+        def move(mask):
             key = seed_key(seed, step)
             scores = {n: score(by[n], memory[n], params, grads, key) for n in by}
-            turn = jnp.minimum(step / until, 1)
-            part = fraction / 2 * (1 + jnp.cos(math.pi * turn))
+            part = fraction / 2 * (1 + jnp.cos(math.pi * step / until))
             new = moved(tree.paths(mask), scores["drop"], scores["grow"], part, pattern)
-            new = like(params, new)
-            stay = jax.tree.map(jnp.logical_and, mask, new)
-            # What a new weight starts from: no dropped weight is there any more.
-            fresh = inner.init(zeroed(stay, params))
-            return new, stay, renewed(held, fresh, stay)
+            return like(params, new)
 
         due = (step % every == 0) & (step > 0) & (step < until)
-        stand = lambda mask, held: (mask, mask, held)
-        mask, stay, held = jax.lax.cond(due, move, stand, state.mask, state.inner)
+        mask = jax.lax.cond(due, move, lambda mask: mask, state.mask)
+        stay = jax.tree.map(jnp.logical_and, state.mask, mask)
+        # Outside of the `cond`, which would copy the whole state at every step.
+        fresh = inner.init(zeroed(stay, params))
+        as_is = jax.tree.map(lambda m: m | ~due, stay)
+        held = renewed(state.inner, fresh, as_is)
         updates, held = inner.update(zeroed(stay, grads), held, params, **extra)
         # What grows was 0 and is 0 after this step, as is what drops.
         updates = masked_updates(stay, updates, params)
@@ -141,7 +140,7 @@ def rewire(
 
 def rigl(
     inner: optax.GradientTransformation,
-    sparsity: float | Mapping[str, float],
+    sparsity: float | int | Mapping[str, float | int],
     *,
     every: int,
     until: int,
@@ -162,7 +161,7 @@ def rigl(
 
 def sparse_evolution(
     inner: optax.GradientTransformation,
-    sparsity: float | Mapping[str, float],
+    sparsity: float | int | Mapping[str, float | int],
     *,
     every: int,
     until: int,

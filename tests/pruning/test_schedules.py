@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from jaxeff.pruning import one_shot, polynomial
+from jaxeff.pruning import one_shot, periodic, polynomial
+from jaxeff.pruning.schedules import final_sparsity
 
 
 @given(sparsity=st.floats(0, 0.999), at=st.integers(0, 50))
@@ -76,3 +77,48 @@ def test_a_polynomial_out_of_range_is_refused(options, says):
 def test_a_one_shot_out_of_range_is_refused(bad):
     with pytest.raises(ValueError, match="got (-0.1|1.0|-1|nan)"):
         one_shot(*bad)
+
+
+@given(
+    fraction=st.floats(0, 0.9),
+    begin=st.integers(0, 20),
+    every=st.integers(1, 9),
+    times=st.integers(1, 8),
+)
+def test_periodic_drops_a_fraction_of_what_is_left_each_time(
+    fraction, begin, every, times
+):
+    schedule = periodic(fraction, begin=begin, every=every, times=times)
+    values = np.asarray(jax.vmap(schedule)(jnp.arange(100)))
+    left = 1.0
+    assert np.all(values[:begin] == 0)
+    for k in range(times):
+        left *= 1 - fraction
+        stair = values[begin + k * every : begin + (k + 1) * every]
+        assert np.allclose(stair, 1 - left, atol=1e-6)
+    assert np.allclose(values[begin + times * every :], 1 - left, atol=1e-6)
+
+
+def test_the_end_of_a_schedule_is_known_while_tracing():
+    for schedule, end in [
+        (one_shot(0.5, 1000), 0.5),
+        (polynomial(0, 0.75, begin=3, steps=100, every=10), 0.75),
+        (periodic(0.5, begin=3, every=100, times=2), 0.75),
+    ]:
+        found = []
+        jax.jit(lambda s=schedule, f=found: f.append(final_sparsity(s)))()
+        assert found == [end]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"fraction": 1.0}, r"fraction .* in \[0, 1\)"),
+        ({"begin": -1}, "begin counts steps and is at least 0"),
+        ({"every": 0}, "every counts steps and is at least 1"),
+        ({"times": 0}, "times counts steps and is at least 1"),
+    ],
+)
+def test_a_periodic_schedule_out_of_range_is_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        periodic(**{"fraction": 0.2, "begin": 0, "every": 1, "times": 3, **options})
