@@ -24,7 +24,7 @@ from rich.progress import Progress
 from jaxeff import tree
 
 from .leaf import is_leaf
-from .matrices import data_key, data_matrix, weight_matrix
+from .matrices import data_key, data_matrix
 from .straight import Segments, Step
 from .uses import find_uses, Part, Use, Uses
 
@@ -255,7 +255,7 @@ class _Run:
             self.latest = (key, total)
         return total
 
-    def _data(self, use: Use, batch: dict[int, Any]) -> Array:
+    def _data(self, use: Use, batch: dict[int, Any]) -> Any:
         if use.data not in self.fixed:
             return batch[use.data]
         if use.data in self.values:
@@ -273,7 +273,9 @@ class _Run:
     def _advance(self, to: int) -> None:
         """Runs all batches up to a step."""
         steps, start, self.at = self.program.steps, self.at, to
-        here = [s for s in steps[start:to] if any(self._later(n, start) for n in s.outs)]
+        here = [
+            s for s in steps[start:to] if any(self._later(n, start) for n in s.outs)
+        ]
         outs = [n for s in here for n in s.outs if self._later(n, to)]
         if outs:
             made = {n for s in here for n in s.outs}

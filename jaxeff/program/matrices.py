@@ -59,7 +59,7 @@ def data_matrix(eqn: JaxprEqn, weight: int, x: Array) -> Float[Array, "groups n 
 
 
 def weight_matrix(eqn: JaxprEqn, weight: int, w: Any) -> Any:
-    """The weight that meets the data, or the numbers of its elements: (groups, rows, cols).
+    """The weight that meets the data, or its element numbers: (groups, rows, cols).
 
     Columns are ordered as the weight has them; those of a convolution by place
     first, then by input channel, so that neighbours are channels of one place.

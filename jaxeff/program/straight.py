@@ -110,7 +110,7 @@ class Straight:
         return [*carry, *ys]
 
     def fixed(self, data: Sequence[int]) -> set[int]:
-        """The values that do not depend on `data`: weights, and what is made of them."""
+        """The values that do not depend on `data`: weights, what is made of them."""
         moving = set(data)
         for step in self.steps:
             if any(i in moving for i in step.ins):
@@ -154,11 +154,12 @@ class Segments:
     ) -> list[Any]:
         """The values numbered `outs`, of `steps` run on `values`."""
         local: dict[int, int] = {n: i for i, n in enumerate(values)}
-        number = lambda n: None if n is None else local.setdefault(n, len(local))
+        number = lambda n: local.setdefault(n, len(local))
         small = []
         for step in steps:
-            ins, made = map(number, step.ins), map(number, step.outs)
-            small.append(step._replace(ins=tuple(ins), outs=tuple(made), turn=0))
+            ins = tuple(None if n is None else number(n) for n in step.ins)
+            made = tuple(map(number, step.outs))
+            small.append(step._replace(ins=ins, outs=made, turn=0))
         wanted = [local[n] for n in outs]
         # Equations are equal where they are the same object, which `small` keeps alive.
         key = (

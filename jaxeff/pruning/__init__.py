@@ -1,5 +1,11 @@
 """Pruning: structured, by couplings; unstructured, while training or at once."""
 
+from .block_sparse import block_array as block_array, BlockArray as BlockArray
+from .compact import (
+    compact as compact,
+    compact_report as compact_report,
+    CompactReport as CompactReport,
+)
 from .masks import (
     keep_largest as keep_largest,
     prune_by_magnitude as prune_by_magnitude,
@@ -18,3 +24,9 @@ from .schedules import (
 )
 from .scores import magnitude as magnitude, Score as Score
 from .shrink import choose as choose, shrink as shrink
+from .sparse import (
+    bitmask_array as bitmask_array,
+    BitmaskArray as BitmaskArray,
+    nm_array as nm_array,
+    NMArray as NMArray,
+)

@@ -8,7 +8,7 @@ Sources: Wanda: Sun et al. 2023, arXiv:2306.11695; SparseGPT: Frantar & Alistarh
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def prune_magnitude(
     fn: Callable,
     params: PyTree,
     *args: Any,
-    sparsity: float | str = 0.5,
+    sparsity: float | int | str = 0.5,
     only: tree.Patterns | None = None,
 ) -> tuple[Callable, PyTree]:
     """Drops the smallest weights; needs no data. The baseline of the other two.
@@ -66,9 +66,9 @@ def wanda(
     params: PyTree,
     *args: Any,
     batches: Iterable[tuple],
-    sparsity: float | str = 0.5,
+    sparsity: float | int | str = 0.5,
     only: tree.Patterns | None = None,
-    compare: Literal["output", "layer"] = "output",
+    compare: str = "output",
     progress: bool = True,
 ) -> tuple[Callable, PyTree]:
     """Drops weights by magnitude times the norm of their input, output by output.
@@ -80,8 +80,8 @@ def wanda(
     Args:
         fn, params, args, sparsity, only: as for `prune_magnitude`.
         batches: tuples of arguments to calibrate with, all of the same shapes.
-        compare: weights of one output with each other, as the paper does for
-            language models, or all of a layer: int(size * sparsity) of them go.
+        compare: "output": weights of one output with each other, as the paper does
+            for language models. "layer": all of a layer; int(size * sparsity) go.
         progress: whether to show a bar, if there is a terminal.
 
     Returns:
@@ -122,7 +122,7 @@ def sparsegpt(
     params: PyTree,
     *args: Any,
     batches: Iterable[tuple],
-    sparsity: float | str = 0.5,
+    sparsity: float | int | str = 0.5,
     only: tree.Patterns | None = None,
     block: int = 128,
     damping: float = 0.01,
@@ -174,7 +174,7 @@ def prunable(
     fn: Callable,
     params: PyTree,
     *args: Any,
-    sparsity: float | str = 0.5,
+    sparsity: float | int | str = 0.5,
     only: tree.Patterns | None = None,
 ) -> dict[str, str]:
     """For each weight why one-shot pruning leaves it as it is; empty where it prunes.

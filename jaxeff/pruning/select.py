@@ -21,7 +21,7 @@ class Pattern(NamedTuple):
 Sparsity = float | Pattern
 
 
-def parse_sparsity(sparsity: float | str) -> Sparsity:
+def parse_sparsity(sparsity: float | int | str) -> Sparsity:
     """A fraction to drop, in [0, 1), or a pattern such as "2:4".
 
     Raises:

@@ -41,7 +41,7 @@ def inverse_factor(
     return jnp.where(mean > 0, u / jnp.sqrt(jnp.where(mean > 0, mean, 1)), u)
 
 
-@functools.partial(jax.jit, static_argnames=("sparsity", "block"))
+@functools.partial(jax.jit, static_argnames=("sparsity", "block", "damping"))
 def prune_matrix(
     w: Float[Array, "rows cols"],
     h: Float[Array, "cols cols"],
