@@ -1,5 +1,11 @@
 """The traced function: what every technique looks at and rewrites."""
 
+from .calibrate import (
+    calibrate as calibrate,
+    change_parts as change_parts,
+    gram as gram,
+    squares as squares,
+)
 from .call import Call as Call, Rewritten as Rewritten
 from .costs import Cost as Cost, Costs as Costs
 from .couplings import Coupling as Coupling, Couplings as Couplings
@@ -42,4 +48,5 @@ from .slicing import (
 )
 from .table import notes as notes, table as table
 from .trace import Program as Program, trace as trace
+from .uses import Candidate as Candidate, find_uses as find_uses, Part as Part
 from .walk import bodies as bodies, equations as equations, Where as Where

@@ -133,7 +133,7 @@ class Interpreter:
         env.update(zip(jaxpr.jaxpr.invars, args, strict=True))
         last_use = _last_uses(jaxpr.jaxpr)
         for i, eqn in enumerate(jaxpr.jaxpr.eqns):
-            outs = self._step(eqn, [read(v) for v in eqn.invars], (*where, i))
+            outs = self.step(eqn, [read(v) for v in eqn.invars], (*where, i))
             env.update(zip(eqn.outvars, outs, strict=True))
             for v in last_use[i]:
                 env.pop(v, None)
@@ -148,7 +148,8 @@ class Interpreter:
         """The outputs of a program, and what was emitted on the way."""
         return self._collecting(lambda *xs: self.run(jaxpr, xs))(*args)
 
-    def _step(self, eqn: JaxprEqn, args: list[Any], where: Where) -> Sequence[Any]:
+    def step(self, eqn: JaxprEqn, args: list[Any], where: Where) -> Sequence[Any]:
+        """One equation: by its own rule, else rebuilt, else as it stands."""
         outs = self.equation(eqn, args, where)
         if outs is not None:
             return outs

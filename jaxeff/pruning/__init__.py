@@ -1,6 +1,16 @@
-"""Pruning: structured, by couplings, and unstructured, as optax transforms."""
+"""Pruning: structured, by couplings; unstructured, while training or at once."""
 
-from .budgets import Budget as Budget, flops as flops, parameters as parameters
+from .block_sparse import block_array as block_array, BlockArray as BlockArray
+from .budgets import (
+    Budget as Budget,
+    flops as flops,
+    parameters as parameters,
+)
+from .compact import (
+    compact as compact,
+    compact_report as compact_report,
+    CompactReport as CompactReport,
+)
 from .criteria import (
     by_gradient as by_gradient,
     by_magnitude as by_magnitude,
@@ -26,6 +36,12 @@ from .masks import (
     make_masks as make_masks,
     masked as masked,
     PruneState as PruneState,
+)
+from .one_shot import (
+    prunable as prunable,
+    prune_magnitude as prune_magnitude,
+    sparsegpt as sparsegpt,
+    wanda as wanda,
 )
 from .outputs import output_error as output_error
 from .patterns import (
@@ -56,6 +72,12 @@ from .scores import (
 from .select import select as select
 from .selection import Selection as Selection, Trial as Trial
 from .shrink import shrink as shrink, shrink_in_rounds as shrink_in_rounds
+from .sparse import (
+    bitmask_array as bitmask_array,
+    BitmaskArray as BitmaskArray,
+    nm_array as nm_array,
+    NMArray as NMArray,
+)
 from .sparse_training import group_lasso as group_lasso, l1 as l1
 from .transforms import (
     fix_masks as fix_masks,
