@@ -43,7 +43,7 @@ from .one_shot import (
     sparsegpt as sparsegpt,
     wanda as wanda,
 )
-from .outputs import output_error as output_error
+from .outputs import activation as activation, output_error as output_error
 from .patterns import (
     Blocks as Blocks,
     NofM as NofM,

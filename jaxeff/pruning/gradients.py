@@ -4,18 +4,16 @@ To remove an index is to set what consumes it, its rows in the kernels after it,
 zero; the scores expand the loss around the weights in that step.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
 from jaxeff import tree
 from jaxeff.program import Program
 
-from .scores import Score, Scores
+from .scores import consumed, Score, Scores
 
 Loss = Callable[..., Array]
 
@@ -36,7 +34,7 @@ def taylor(loss: Loss, batches: Iterable[tuple]) -> Score:
     def score(program: Program, params: PyTree) -> Scores:
         totals, n = {}, 0
         for products in _each_batch(loss, batches, params, lambda w, g: w * g):
-            sums = _consumed(program, products)
+            sums = consumed(program, products)
             totals = {k: totals.get(k, 0) + x**2 for k, x in sums.items()}
             n += 1
         return {k: x / n for k, x in totals.items()}
@@ -66,7 +64,7 @@ def fisher(loss: Loss, batches: Iterable[tuple]) -> Score:
         for squares in _each_batch(loss, batches, params, lambda w, g: (w * g) ** 2):
             total = {k: total.get(k, 0) + x for k, x in squares.items()}
             n += 1
-        return _consumed(program, {k: x / (2 * n) for k, x in total.items()})
+        return consumed(program, {k: x / (2 * n) for k, x in total.items()})
 
     return score
 
@@ -93,23 +91,3 @@ def _each_batch(
             "a score by gradients needs at least one batch, but there is none (an "
             "iterator is used up after one pass). Give a list of tuples of arrays."
         )
-
-
-def _consumed(program: Program, values: Mapping[str, Any]) -> Scores:
-    """The sum of `values` over what consumes each index, for each coupling.
-
-    A coupling that nothing consumes (its weights are only added) takes all.
-    """
-    into: dict[str, np.ndarray] = {}
-    contracted = {(s.path, d) for s in program.sites for d in s.contract}
-    for path, d in sorted(contracted):
-        array = values[path]
-        others = tuple(i for i in range(array.ndim) if i != d)
-        line = np.asarray(array.sum(others), np.float64)
-        for name, index in program.couplings.occurrences(path, d):
-            total = into.setdefault(name, np.zeros(index.max() + 1))
-            inside = index >= 0
-            np.add.at(total, index[inside], line[inside])
-    rest = [c.name for c in program.couplings.free if c.name not in into]
-    kernels = {s.path: values[s.path] for s in program.sites}
-    return {**into, **program.couplings.sums(kernels, names=rest)}

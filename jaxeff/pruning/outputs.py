@@ -1,4 +1,4 @@
-"""How much each index matters to what the function puts out, without gradients."""
+"""How much each index matters to what the function computes, without gradients."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,9 +9,17 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxeff import tree
-from jaxeff.program import Coupling, Program
+from jaxeff.program import (
+    calibrate,
+    change_parts,
+    Coupling,
+    find_uses,
+    Part,
+    Program,
+    squares,
+)
 
-from .scores import Score, Scores
+from .scores import consumed, consumers, Score, Scores
 
 
 def output_error(batches: Iterable[tuple]) -> Score:
@@ -29,13 +37,7 @@ def output_error(batches: Iterable[tuple]) -> Score:
     """
 
     def score(program: Program, params: PyTree) -> Scores:
-        given = list(batches)
-        if not given:
-            raise ValueError(
-                "a score by outputs needs at least one batch, but there is none (an "
-                "iterator is used up after one pass). Give a list of tuples of arrays."
-            )
-        fn = program.call.fn
+        given, fn = _checked(batches), program.call.fn
         dense = [jax.jit(fn)(params, *batch) for batch in given]
         out = {}
         for coupling in program.couplings.free:
@@ -46,6 +48,64 @@ def output_error(batches: Iterable[tuple]) -> Score:
         return out
 
     return score
+
+
+def activation(batches: Iterable[tuple]) -> Score:
+    """The mean squared size of what an index carries into the weights that consume it.
+
+    The function runs once for each batch. Couplings whose consumers calibration cannot
+    see (inside a `while`, say) are not judged.
+
+    Args:
+        batches: tuples of arrays, the arguments after the weights.
+
+    Source: the mean activation of Molchanov et al. 2017, arXiv:1611.06440, section
+        2.2, squared.
+    """
+
+    def score(program: Program, params: PyTree) -> Scores:
+        given, fn = _checked(batches), program.call.fn
+        uses = find_uses(fn, params, given[0])
+        names = dict.fromkeys(path for path, _ in consumers(program))
+        weights = [p for p in names if not uses.candidates[p].reason]
+        totals: dict[Part, Array] = {}
+        examples = sum(len(jax.tree.leaves(batch)[0]) for batch in given)
+
+        def record(part, w, total):
+            totals[part] = total / (examples * part.rows)
+            return w
+
+        options: dict[str, Any] = {"weights": weights, "progress": False}
+        calibrate(fn, params, given, statistic=squares, update=record, **options)
+        # Each element as large as what its input carries, shared by the outputs.
+        sizes = change_parts(
+            fn,
+            params,
+            *given[0],
+            weights=weights,
+            update=lambda part, w: jnp.broadcast_to(totals[part][:, None], w.shape),
+        )
+        every = tree.paths(sizes)
+        found = consumed(program, {path: every[path] for path in weights})
+        judged = {
+            name
+            for path, d in consumers(program)
+            if path in weights
+            for name, _ in program.couplings.occurrences(path, d)
+        }
+        return {name: x for name, x in found.items() if name in judged}
+
+    return score
+
+
+def _checked(batches: Iterable[tuple]) -> list[tuple]:
+    given = [tuple(batch) for batch in batches]
+    if not given:
+        raise ValueError(
+            "a score by outputs needs at least one batch, but there is none (an "
+            "iterator is used up after one pass). Give a list of tuples of arrays."
+        )
+    return given
 
 
 def _errors(

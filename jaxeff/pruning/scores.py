@@ -146,3 +146,29 @@ def random(seed: int = 0) -> Score:
         return {c.name: rng.random(c.size) for c in program.couplings}
 
     return score
+
+
+def consumed(program: Program, values: Mapping[str, Any]) -> Scores:
+    """The sum of `values` over what consumes each index, for each coupling.
+
+    A coupling that nothing consumes (its weights are only added) takes all.
+    """
+    into: dict[str, np.ndarray] = {}
+    for path, d in consumers(program):
+        if path not in values:
+            continue
+        array = values[path]
+        others = tuple(i for i in range(array.ndim) if i != d)
+        line = np.asarray(array.sum(others), np.float64)
+        for name, index in program.couplings.occurrences(path, d):
+            total = into.setdefault(name, np.zeros(index.max() + 1))
+            inside = index >= 0
+            np.add.at(total, index[inside], line[inside])
+    rest = [c.name for c in program.couplings.free if c.name not in into]
+    kernels = {s.path: values[s.path] for s in program.sites if s.path in values}
+    return {**into, **program.couplings.sums(kernels, names=rest)}
+
+
+def consumers(program: Program) -> list[tuple[str, int]]:
+    """(path of a weight, dim of it) where something is summed over."""
+    return sorted({(s.path, d) for s in program.sites for d in s.contract})

@@ -110,6 +110,7 @@ def score_of(name: str, m: Model, seed: int) -> tuple[Score, str]:
         "geometric median": (pruning.geometric_median(), "mean"),
         "Taylor": (pruning.taylor(loss, batches), "none"),
         "Fisher": (pruning.fisher(loss, batches), "none"),
+        "activation": (pruning.activation([(b[0],) for b in batches]), "mean"),
         "output error": (pruning.output_error([(images[:64],)]), "none"),
     }
     if name not in scores:
@@ -126,6 +127,7 @@ SCORES = (
     "geometric median",
     "Taylor",
     "Fisher",
+    "activation",
     "output error",
 )
 

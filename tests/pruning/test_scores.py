@@ -11,6 +11,7 @@ import pytest
 from jaxeff import trace
 from jaxeff.models import CNN, GPT
 from jaxeff.pruning import (
+    activation,
     fisher,
     geometric_median,
     lamp,
@@ -59,6 +60,7 @@ EVERY = {
     "taylor": lambda key: taylor(loss, data(key)),
     "fisher": lambda key: fisher(loss, data(key)),
     "output error": lambda key: output_error(data(key)),
+    "activation": lambda key: activation(data(key)),
 }
 
 
@@ -78,7 +80,9 @@ def test_scores_go_with_the_indices(name, getkey):
     np.testing.assert_allclose(moved, found[order], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["magnitude", "taylor", "fisher", "output error"])
+@pytest.mark.parametrize(
+    "name", ["magnitude", "taylor", "fisher", "output error", "activation"]
+)
 def test_an_index_that_does_nothing_scores_nothing(name, getkey):
     params = weights(getkey())
     params = {**params, "up": params["up"].at[:, 2].set(0)}
@@ -174,6 +178,14 @@ def test_fisher_is_half_of_the_squared_gradients_of_what_consumes_it(getkey):
     )
 
 
+def test_the_activation_is_what_flows_into_what_consumes_it(getkey):
+    params, batches = weights(getkey()), data(getkey())
+    hidden_of = lambda x: jax.nn.relu(x @ params["up"] + params["bias"][None])
+    sizes = [np.mean(np.asarray(hidden_of(x)) ** 2, 0) for (x,) in batches]
+    found = hidden(activation(batches), params)
+    np.testing.assert_allclose(found, np.mean(sizes, 0), rtol=1e-4)
+
+
 def test_the_output_error_is_what_it_says(getkey):
     params, batches = weights(getkey()), data(getkey(), 2)
     expected = np.zeros(6)
@@ -187,7 +199,8 @@ def test_the_output_error_is_what_it_says(getkey):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda b: taylor(loss, b), lambda b: fisher(loss, b), output_error]
+    "make",
+    [lambda b: taylor(loss, b), lambda b: fisher(loss, b), output_error, activation],
 )
 def test_without_data_there_is_no_score(make, getkey):
     with pytest.raises(ValueError, match="at least one batch"):
@@ -210,6 +223,7 @@ def test_every_free_coupling_of_a_transformer_is_judged(getkey):
         geometric_median(),
         taylor(value, [(x,)]),
         output_error([(x,)]),
+        activation([(x,)]),
     ):
         found = score(program, params)
         for c in program.couplings.free:
