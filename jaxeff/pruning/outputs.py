@@ -53,8 +53,9 @@ def output_error(batches: Iterable[tuple]) -> Score:
 def activation(batches: Iterable[tuple]) -> Score:
     """The mean squared size of what an index carries into the weights that consume it.
 
-    The function runs once for each batch. Couplings whose consumers calibration cannot
-    see (inside a `while`, say) are not judged.
+    The function runs once for each batch. A coupling that no weight consumes, as that
+    of the query and key dims of an attention, is not judged; nor one whose consumers
+    calibration cannot see (inside a `while`).
 
     Args:
         batches: tuples of arrays, the arguments after the weights.

@@ -223,7 +223,6 @@ def test_every_free_coupling_of_a_transformer_is_judged(getkey):
         geometric_median(),
         taylor(value, [(x,)]),
         output_error([(x,)]),
-        activation([(x,)]),
     ):
         found = score(program, params)
         for c in program.couplings.free:
