@@ -40,6 +40,7 @@ class Call:
 
     Attributes:
         fn: the function.
+        params: its weights, as they were given.
         inputs: the arrays and leaves among the operands, in JAX's order.
         weights: for each input its path in `params`, or None for data.
         jaxpr: the program on `inputs`, each as its dense shape.
@@ -68,7 +69,7 @@ class Call:
             params, args, kwargs = jax.tree.unflatten(treedef, filled)
             return fn(params, *args, **kwargs)
 
-        self.fn = fn
+        self.fn, self.params = fn, params
         self.inputs = [values[i] for i in dynamic]
         self.weights = [names[i] for i in dynamic]
         make = jax.make_jaxpr(traced, return_shape=True)

@@ -19,6 +19,7 @@ from .criteria import (
     by_saliency as by_saliency,
     Criterion as Criterion,
 )
+from .depth import Branch as Branch, branches as branches, select_depth as select_depth
 from .dims import weight_dims as weight_dims, WeightDims as WeightDims
 from .distributions import (
     Distribution as Distribution,

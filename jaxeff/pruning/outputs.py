@@ -37,7 +37,7 @@ def output_error(batches: Iterable[tuple]) -> Score:
     """
 
     def score(program: Program, params: PyTree) -> Scores:
-        given, fn = _checked(batches), program.call.fn
+        given, fn = checked(batches), program.call.fn
         dense = [jax.jit(fn)(params, *batch) for batch in given]
         out = {}
         for coupling in program.couplings.free:
@@ -65,7 +65,7 @@ def activation(batches: Iterable[tuple]) -> Score:
     """
 
     def score(program: Program, params: PyTree) -> Scores:
-        given, fn = _checked(batches), program.call.fn
+        given, fn = checked(batches), program.call.fn
         uses = find_uses(fn, params, given[0])
         names = dict.fromkeys(path for path, _ in consumers(program))
         weights = [p for p in names if not uses.candidates[p].reason]
@@ -99,7 +99,8 @@ def activation(batches: Iterable[tuple]) -> Score:
     return score
 
 
-def _checked(batches: Iterable[tuple]) -> list[tuple]:
+def checked(batches: Iterable[tuple]) -> list[tuple]:
+    """The batches as a list, if there are any."""
     given = [tuple(batch) for batch in batches]
     if not given:
         raise ValueError(
@@ -134,13 +135,13 @@ def _errors(
 
     @jax.jit
     def errors(params, args, dense):
-        error = lambda i: _distance(fn(without(params, i), *args), dense)
+        error = lambda i: relative_error(fn(without(params, i), *args), dense)
         return jax.lax.map(error, jnp.arange(coupling.size))
 
     return errors
 
 
-def _distance(a: PyTree, b: PyTree) -> Array:
+def relative_error(a: PyTree, b: PyTree) -> Array:
     """The squared distance of two results, in units of the squared norm of `b`."""
     pairs = [
         (x.astype(jnp.float32), y.astype(jnp.float32))

@@ -106,8 +106,13 @@ class Selection:
         Raises:
             ValueError: what is left does not depend on the data any more.
         """
-        if any(not mask.any() for mask in self.keep.values()):
-            self._check_connected(fn, params, args)
+        gone = [n for n, mask in self.keep.items() if not mask.any()]
+        if gone and not self.connected(unlift(fn), shapes(dense(params)), args):
+            raise ValueError(
+                f"without the couplings {', '.join(gone)} no output depends on the "
+                "inputs any more. Only what a residual connection goes around can be "
+                "taken out altogether."
+            )
         arrays = jax.tree.leaves(args)
         known = not any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays)
         if not (self.inexact and known):
@@ -116,17 +121,17 @@ class Selection:
         got = jax.jit(self.resize(unlift(fn)))(self.take(dense(params)), *args)
         return dataclasses.replace(self, error=_relative(got, want))
 
-    def _check_connected(self, fn: Callable, params: PyTree, args: tuple) -> None:
-        small = shapes(self.take(shapes(dense(params))))
-        program = trace(self.resize(unlift(fn)), small, *args)
+    def connected(self, fn: Callable, params: PyTree, args: tuple) -> bool:
+        """Whether an output still depends on the inputs without what leaves.
+
+        Args:
+            fn: the function, of dense weights.
+            params: their shapes.
+            args: example inputs, or their shapes.
+        """
+        program = trace(self.resize(fn), self.take(params), *args)
         data = [path is None for path in program.weights]
-        if not any(data_reaches(program.jaxpr, data)):
-            gone = [n for n, mask in self.keep.items() if not mask.any()]
-            raise ValueError(
-                f"without the couplings {', '.join(gone)} no output depends on the "
-                "inputs any more. Only what a residual connection goes around can be "
-                "taken out altogether."
-            )
+        return any(data_reaches(program.jaxpr, data))
 
     def __str__(self) -> str:
         rows = [
