@@ -17,6 +17,7 @@ from .llama import (
     Llama as Llama,
     LLAMA_1B as LLAMA_1B,
     LLAMA_7B as LLAMA_7B,
+    LLAMA_70B as LLAMA_70B,
     LlamaConfig as LlamaConfig,
     rope_tables as rope_tables,
     rotate as rotate,

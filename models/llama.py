@@ -70,6 +70,14 @@ class LlamaConfig:
 LLAMA_7B = LlamaConfig(
     vocab_size=32_000, d_model=4096, hidden=11_008, n_layers=32, n_heads=32
 )
+LLAMA_70B = LlamaConfig(  # of Llama 2
+    vocab_size=32_000,
+    d_model=8192,
+    hidden=28_672,
+    n_layers=80,
+    n_heads=64,
+    n_kv_heads=8,
+)
 # The sizes of Llama 3.2 1B with LLaMA's vocabulary: 1.1 billion parameters.
 LLAMA_1B = LlamaConfig(
     vocab_size=32_000,

@@ -1,6 +1,7 @@
 """Rules of what reads or writes at positions: look-ups, scatters, windows."""
 
 from collections.abc import Sequence
+from typing import SupportsInt
 
 from jax.extend.core import JaxprEqn
 from jax.lax import GatherScatterMode
@@ -17,7 +18,7 @@ def top_k(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     return [(*x[:axis], d, *x[axis + 1 :]) for d in chosen]
 
 
-def _starts_at_0(eqn: JaxprEqn, d: int, indexed: Sequence[int]) -> bool:
+def _starts_at_0(eqn: JaxprEqn, d: int, indexed: Sequence[SupportsInt]) -> bool:
     """Whether a window as large as the dim lies on the dim: not beside it."""
     fills = eqn.params["mode"] == GatherScatterMode.FILL_OR_DROP
     return d not in indexed or not fills

@@ -15,7 +15,8 @@ from hypothesis import given, settings, strategies as st
 from jaxeff import trace
 from jaxeff.program import keep_indices, zero_indices
 from tests.conftest import PROFILE
-from tests.program.networks import network, OPERATIONS
+from tests.program.more_networks import OPERATIONS
+from tests.program.networks import network
 from tests.program.shrinking import distance, random_keep, shrunk
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
