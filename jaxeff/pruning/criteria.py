@@ -70,8 +70,8 @@ def by_saliency(decay: float | int = 0.0) -> Criterion:
     Raises:
         ValueError: `decay` is outside [0, 1].
 
-    Source: Molchanov et al. 2019, arXiv:1906.10771, equation 8, whose square ranks
-        alike; Lee et al. 2019 (SNIP), arXiv:1810.02340, equation 6.
+    Source: Molchanov et al. 2019, arXiv:1906.10771, section 3.1, whose square ranks
+        alike; Lee et al. 2019 (SNIP), arXiv:1810.02340, section 4.1.
     """
     if not 0 <= decay <= 1:
         raise ValueError(
@@ -94,7 +94,7 @@ def by_movement() -> Criterion:
     It needs gradients of dropped weights too, which change all the while: use it
     with `straight_through`.
 
-    Source: Sanh et al. 2020, arXiv:2005.07683, equation 4 (the learning rate of the
+    Source: Sanh et al. 2020, arXiv:2005.07683, section 4 (the learning rate of the
         scores only scales them).
     """
     return Criterion(

@@ -52,7 +52,7 @@ def erdos_renyi(units: Mapping[str, Units], sparsity: Sparsity) -> Counts:
     A layer whose share would be more than it has stays dense, and the others take
     what it leaves: so every sparsity can be reached.
 
-    Source: Mocanu et al. 2018, arXiv:1707.04780, equation 3.
+    Source: Mocanu et al. 2018, arXiv:1707.04780.
     """
     return _by_shape(units, sparsity, lambda shape: _density(shape[-2:]))
 
@@ -95,7 +95,15 @@ def layer_sparsities(
         sparsity: of all of them together, in [0, 1).
         distribution: `uniform`, `erdos_renyi` or `erk`; 0 stands at the layers that
             it leaves dense.
+
+    Raises:
+        ValueError: the distribution looks at scores, which shapes do not have.
     """
+    if distribution is global_ranking:
+        raise ValueError(
+            "global_ranking looks at the scores of the weights, but here are only "
+            "shapes. `make_masks` shows what it makes of scores."
+        )
     units = {
         name: Units(jnp.zeros(shape, jnp.int32), tuple(range(len(shape))), shape)
         for name, shape in shapes.items()

@@ -18,7 +18,7 @@ from jaxtyping import Array, Int, PyTree
 from jaxeff import tree
 
 from .distributions import Distribution, uniform
-from .masks import apply_masks, check, choose, cover, like, Rule
+from .masks import apply_masks, check, choose_masks, cover, like, Rule
 from .patterns import Pattern, Unstructured
 from .schedules import check_steps, final_sparsity
 from .transforms import covered, Schedules
@@ -91,7 +91,7 @@ def lottery_tickets(
     def prune(trained, masks, turn):
         now = [Rule(r.paths, jnp.asarray(r.value(turn), jnp.float32)) for r in rules]
         scores = {path: jnp.abs(w) for path, w in covered(rules, trained)}
-        chosen = choose(
+        chosen = choose_masks(
             now,
             scores,
             pattern=pattern,

@@ -100,7 +100,7 @@ def check(rules: list[Rule], params: PyTree, pattern: Pattern, end: Any) -> None
             pattern.check(path, names[path].shape, end(rule.value))
 
 
-def choose(
+def choose_masks(
     rules: list[Rule],
     scores: Mapping[str, Array],
     *,
@@ -172,7 +172,7 @@ def keep_largest(
         sparsity: in [0, 1].
         kept: what an earlier mask kept; what it dropped is dropped first.
     """
-    masks = choose(
+    masks = choose_masks(
         [Rule([""], jnp.float32(sparsity))],
         {"": jnp.abs(w)},
         pattern=Unstructured(),
@@ -216,7 +216,7 @@ def make_masks(
         check_sparsity("sparsity", rule.value)
     check(rules, scores, pattern, float)
     names = tree.paths(scores)
-    masks = choose(
+    masks = choose_masks(
         rules,
         {path: names[path] for rule in rules for path in rule.paths},
         pattern=pattern,

@@ -158,7 +158,7 @@ class NofM:
             or given by hand: -2 is that of a dense kernel. Several are taken as
             one, the last changing fastest; `m` divides their product.
 
-    Source: Mishra et al. 2021, arXiv:2104.08378, section 3.
+    Source: Mishra et al. 2021, arXiv:2104.08378.
     """
 
     n: int

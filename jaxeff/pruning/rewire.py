@@ -20,7 +20,7 @@ from .criteria import by_gradient, by_magnitude, by_random, Criterion
 from .distributions import Distribution, erk
 from .masks import (
     check,
-    choose,
+    choose_masks,
     cover,
     like,
     masked_updates,
@@ -62,7 +62,7 @@ def rewire(
         inner: the optimizer. What it keeps for each weight starts anew where the
             weight does: every array of its state with the shape of a weight, at the
             end of whose path the weight's own stands.
-        sparsity: the fraction that is never there, in (0, 1); or several by pattern.
+        sparsity: the fraction that is not there, in [0, 1); or several by pattern.
         grow, drop: the criteria: the largest scores grow, the smallest drop.
         every: how many steps lie between two changes; about 100 in the paper.
         until: the step from which nothing changes; 3/4 of all in the paper.
@@ -96,7 +96,7 @@ def rewire(
         chance = score(
             by_random(), dict.fromkeys(weights, ()), params, params, seed_key(seed, 0)
         )
-        masks = choose(rules, chance, pattern=pattern, distribution=distribution)
+        masks = choose_masks(rules, chance, pattern=pattern, distribution=distribution)
         now = jnp.asarray([rule.value for rule in rules], jnp.float32)
         return PruneState(
             jnp.zeros([], jnp.int32),

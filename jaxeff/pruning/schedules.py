@@ -96,7 +96,7 @@ def periodic(fraction: float | int, *, begin: int, every: int, times: int) -> Sc
     Raises:
         ValueError: `fraction` is outside [0, 1), or a number is out of range.
 
-    Source: Han et al. 2015, arXiv:1506.02626, section 3.3; with training from the
+    Source: Han et al. 2015, arXiv:1506.02626, section 3; with training from the
         start in between, Frankle & Carbin 2019, arXiv:1803.03635, section 2.
     """
     check_sparsity("fraction", fraction)

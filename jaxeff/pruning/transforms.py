@@ -21,7 +21,7 @@ from .criteria import by_magnitude, Criterion
 from .distributions import Distribution, uniform
 from .masks import (
     check,
-    choose,
+    choose_masks,
     cover,
     like,
     masked_updates,
@@ -98,7 +98,7 @@ def prune(
         def rank(mask):
             scores = score(by, memory, params, grads, seed_key(seed, state.step))
             kept = tree.paths(mask)
-            chosen = choose(
+            chosen = choose_masks(
                 rules, scores, pattern=pattern, distribution=distribution, kept=kept
             )
             return like(params, chosen)
@@ -167,7 +167,7 @@ def straight_through(
         ValueError: as for `prune`, or `every` is below 1.
 
     Source: Sanh et al. 2020, arXiv:2005.07683, section 4; with N:M groups Zhou et
-        al. 2021, arXiv:2102.04010, section 3.1.
+        al. 2021, arXiv:2102.04010, section 3.
     """
     check_steps("every", every, least=1)
     by, pattern = by or by_magnitude(), pattern or Unstructured()
@@ -184,7 +184,9 @@ def straight_through(
         def rank(_):
             new = optax.apply_updates(params, updates)
             scores = score(by, memory, new, grads, seed_key(seed, state.step))
-            chosen = choose(rules, scores, pattern=pattern, distribution=distribution)
+            chosen = choose_masks(
+                rules, scores, pattern=pattern, distribution=distribution
+            )
             return like(params, chosen)
 
         due = jnp.any(sparsity > 0) & (state.step % every == 0)

@@ -47,6 +47,8 @@ def test_erk_leaves_layers_dense_where_their_share_is_more_than_they_have():
     found = layer_sparsities(SHAPES, 0.5, erk)
     assert found["d"] == 0 and found["b"] > 0.5
     assert layer_sparsities(SHAPES, 0.0, erk) == dict.fromkeys(SHAPES, 0)
+    with pytest.raises(ValueError, match="looks at the scores"):
+        layer_sparsities(SHAPES, 0.5, global_ranking)
 
 
 def test_uniform_gives_all_the_same():

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from jaxeff.pruning import (
+    apply_masks,
     keep_largest,
+    make_masks,
     one_shot,
     polynomial,
     prune_by_magnitude,
@@ -44,7 +46,9 @@ def test_mask_drops_exactly_k_and_ignores_units(k, c):
 
 
 @given(
-    w=st.lists(st.integers(-3, 3), min_size=1, max_size=40),
+    w=st.sampled_from([1, 7, 40]).flatmap(  # each size is compiled
+        lambda n: st.lists(st.integers(-3, 3), min_size=n, max_size=n)
+    ),
     sparsity=st.floats(0, 1, width=32),
 )
 def test_nothing_that_is_kept_is_smaller_than_anything_dropped(w, sparsity):
@@ -58,7 +62,7 @@ def test_nothing_that_is_kept_is_smaller_than_anything_dropped(w, sparsity):
 
 
 @given(
-    w=st.lists(st.integers(-1, 1), min_size=4, max_size=30),
+    w=st.lists(st.integers(-1, 1), min_size=20, max_size=20),
     first=st.floats(0, 1, width=32),
     second=st.floats(0, 1, width=32),
 )
@@ -231,3 +235,24 @@ def test_a_rule_that_prunes_nothing_is_refused(getkey):
         prune_by_magnitude(one_shot(0.5)).init({"bias": params["bias"]})
     with pytest.raises(ValueError, match="nothing to prune.*'n'"):
         prune_by_magnitude(one_shot(0.5), only="n").init({"n": jnp.arange(3)})
+
+
+def test_masks_of_a_tree_are_those_of_its_leaves_and_never_bring_back(getkey):
+    params = example(getkey())
+    scores = jax.tree.map(jnp.abs, params)
+    first = make_masks(scores, {"deep/*": 0.25, "kernel": 0.4})
+    assert first["bias"] is None
+    assert jnp.array_equal(first["kernel"], keep_largest(params["kernel"], 0.4))
+    assert jnp.sum(~first["deep"]["kernel"]) == 6
+    left = apply_masks(params, first)
+    assert jnp.array_equal(left["kernel"] != 0, first["kernel"])
+    assert jnp.array_equal(left["bias"], params["bias"])
+    other = jax.tree.map(jnp.abs, example(getkey()))
+    second = make_masks(other, 0.5, kept=first)
+    for path in ("kernel", "deep"):
+        old, new = jax.tree.leaves(first[path])[0], jax.tree.leaves(second[path])[0]
+        assert not jnp.any(new & ~old) and jnp.sum(~new) == new.size // 2
+    with pytest.raises(ValueError, match=r"sparsity .* in \[0, 1\), got 1"):
+        make_masks(scores, 1)
+    with pytest.raises(ValueError, match="nothing to prune.*left for 'n'"):
+        make_masks({"n": jnp.arange(3)}, {"n": 0.5})

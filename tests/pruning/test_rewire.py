@@ -16,6 +16,8 @@ from jaxeff.pruning import (
     layer_sparsities,
     masked,
     NofM,
+    one_shot,
+    prune,
     rewire,
     rigl,
     sparse_evolution,
@@ -230,6 +232,25 @@ def test_spread_over_devices_it_rewires_as_on_one(getkey):
     assert all(
         np.array_equal(at(state.mask, p), at(split_state.mask, p)) for p in COVERED
     )
+
+
+def test_parts_of_a_model_have_transforms_of_their_own(getkey):
+    """By optax: each sees its own weights, and `masked` shows what all of them do."""
+    adam = optax.adam(1e-2)
+    tx = optax.multi_transform(
+        {"a": rigl(adam, 0.5, every=1, until=9), "b": prune(adam, one_shot(0.25))},
+        {"kernel": "a", "bias": "b", "deep": {"kernel": "b"}},
+    )
+    params = example(getkey())
+    state = tx.init(params)
+    for _ in range(3):
+        params, state = step(tx, params, state, example(getkey()))
+    dropped = lambda x: int(jnp.sum(x == 0))
+    for _ in range(2):
+        assert dropped(params["kernel"]) >= 96 and dropped(params["bias"]) == 0
+        assert dropped(params["deep"]["kernel"]) == 36
+        params = masked(jax.tree.map(jnp.ones_like, params), state)
+    assert dropped(params["kernel"]) == 96
 
 
 def test_a_run_goes_on_bit_for_bit_from_a_checkpoint(tmp_path, getkey):

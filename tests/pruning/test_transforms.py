@@ -83,7 +83,7 @@ def test_saliency_at_the_first_step_over_all_weights_is_snip(getkey):
     _, state = step(tx, params, tx.init(params), grads)
     saliency = [np.abs(at(params, p) * at(grads, p)).ravel() for p in COVERED]
     kept = np.concatenate([np.asarray(at(state.mask, p)).ravel() for p in COVERED])
-    # Equation 6 of the paper and the kappa largest, kappa = the number to keep.
+    # Connection sensitivity, as the paper normalises it: the kappa largest stay.
     connection = np.concatenate(saliency) / np.concatenate(saliency).sum()
     kappa = kept.size - round(0.9 * kept.size)
     assert set(np.flatnonzero(kept)) == set(np.argsort(-connection)[:kappa])
@@ -185,8 +185,10 @@ def test_weights_spread_over_devices_are_pruned_where_they_lie(getkey):
         params, state = step(tx, params, state, grads)
         split, split_state = step(tx, split, split_state, jax.tree.map(spread, grads))
     assert close(params, split)
+    eager = tx.init(split)
     for path in COVERED:
         w, mask = at(split, path), at(split_state.mask, path)
+        assert at(eager.mask, path).sharding.is_equivalent_to(w.sharding, w.ndim)
         assert np.array_equal(mask, at(state.mask, path))
         assert mask.sharding.is_equivalent_to(w.sharding, w.ndim)
 
