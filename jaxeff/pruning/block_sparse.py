@@ -3,6 +3,7 @@ are multiplied.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,7 +115,7 @@ class BlockArray(Decoded):
         new = np.full(at.size + 1, left.size)  # what goes becomes a filler
         new[left.ravel()] = np.arange(left.size)
         places = jnp.asarray(new, self.places.dtype)[self.places]
-        return BlockArray(self.blocks, places, left.shape)
+        return _fitted(self.blocks, places, left.shape)
 
     def dot(self, x: Array, dot: Dot) -> Array:
         """`dot(x, self.dense())`, a product for each stored block."""
@@ -170,12 +171,27 @@ def block_array(
     grid = (shape[0] // block[0], shape[1] // block[1])
     cells = block_cells(jnp.asarray(w), block, lead)
     stored = jnp.any(cells != 0, axis=(-1, -2))
-    room = max(1, int(jnp.max(jnp.sum(stored, axis=-1), initial=0)))
+    number = jax.lax.broadcasted_iota(jnp.int32, stored.shape, lead)
+    places = jnp.where(stored, number, grid[0] * grid[1])
+    return _fitted(cells, places, grid)
+
+
+def _fitted(blocks: Array, places: Array, grid: tuple[int, int]) -> BlockArray:
+    """A `BlockArray` with no more fillers than it needs, if that can be known."""
+    stored = places < grid[0] * grid[1]
+    room = places.shape[-1]
+    if not isinstance(places, jax.core.Tracer):
+        room = max(1, int(np.asarray(stored).sum(-1).max(initial=0)))
+    return BlockArray(*_first(blocks, places, stored, room), grid)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _first(
+    blocks: Array, places: Array, stored: Array, room: int
+) -> tuple[Array, Array]:
     order = jnp.argsort(~stored, axis=-1, stable=True)[..., :room]
-    real = jnp.take_along_axis(stored, order, axis=-1)
-    places = jnp.where(real, order, grid[0] * grid[1]).astype(jnp.int32)
-    blocks = jnp.take_along_axis(cells, order[..., None, None], axis=-3)
-    return BlockArray(blocks, places, grid)
+    blocks = jnp.take_along_axis(blocks, order[..., None, None], axis=-3)
+    return blocks, jnp.take_along_axis(places, order, axis=-1)
 
 
 def block_cells(w: Any, block: tuple[int, int], lead: int) -> Any:

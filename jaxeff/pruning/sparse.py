@@ -5,6 +5,7 @@ is bytes; `blocks.py` has the one that saves multiplications too.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -162,21 +163,27 @@ def nm_array(w: Float[Array, "..."], n: int, m: int, axis: int = -1) -> NMArray:
             f"groups of {m} with 1 <= n = {n} of them kept fill a dim whose length is "
             f"a multiple of {m}, got {w.shape[axis]}: choose another dim or pattern."
         )
-    groups = jnp.moveaxis(jnp.asarray(w), axis, -1)
-    groups = groups.reshape(*groups.shape[:-1], -1, m)
-    most = int(jnp.max(jnp.sum(groups != 0, axis=-1), initial=0))
+    groups = np.moveaxis(np.asarray(w) != 0, axis, -1)
+    most = int(groups.reshape(-1, m).sum(1).max(initial=0))
     if most > n:
         raise ValueError(
             f"at most {n} of each {m} neighbours may be nonzero, but a group has "
             f"{most}: prune it to {n}:{m} first."
         )
+    return NMArray(*_pick(jnp.asarray(w), n, m, axis), n, m, axis)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _pick(w: Array, n: int, m: int, axis: int) -> tuple[Array, Array]:
+    """The values and packed places of an `NMArray`."""
+    groups = jnp.moveaxis(w, axis, -1)
+    groups = groups.reshape(*groups.shape[:-1], -1, m)
     first = jnp.argsort(groups == 0, axis=-1, stable=True)[..., :n]
     places = jnp.sort(first, axis=-1)
     values = jnp.take_along_axis(groups, places, axis=-1)
     flat = lambda x: x.reshape(*x.shape[:-2], -1)
     packed = pack_bits(flat(places), _bits(m))
-    back = lambda x: jnp.moveaxis(x, -1, axis)
-    return NMArray(back(flat(values)), back(packed), n, m, axis)
+    return jnp.moveaxis(flat(values), -1, axis), jnp.moveaxis(packed, -1, axis)
 
 
 @pytree
@@ -296,8 +303,14 @@ def _bitmask(
     if not isinstance(kept, jax.core.Tracer):
         room = int(jnp.max(jnp.sum(kept, axis=-1), initial=0))
     room = max(1, min(room, w.shape[-1]))
+    values, mask = _store(w, kept, room)
+    return BitmaskArray(values, mask, tail, tuple(range(len(tail))))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _store(w: Array, kept: Array, room: int) -> tuple[Array, Array]:
+    """The values and the mask of a `BitmaskArray`."""
     order = jnp.argsort(~kept, axis=-1, stable=True)[..., :room]
     values = jnp.take_along_axis(w, order, axis=-1)
     real = jnp.take_along_axis(kept, order, axis=-1)
-    values = jnp.where(real, values, jnp.zeros([], w.dtype))
-    return BitmaskArray(values, pack_bits(kept, 1), tail, tuple(range(len(tail))))
+    return jnp.where(real, values, jnp.zeros([], w.dtype)), pack_bits(kept, 1)
