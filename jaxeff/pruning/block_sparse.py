@@ -65,17 +65,7 @@ class BlockArray(Decoded):
 
     def dense(self) -> Array:
         """The array it stands for."""
-        (down, across), (height, width) = self.grid, self.block
-
-        def one(blocks, places):
-            zeros = jnp.zeros((down * across, height, width), blocks.dtype)
-            all_blocks = zeros.at[places].set(blocks, mode="drop")
-            all_blocks = all_blocks.reshape(down, across, height, width)
-            return all_blocks.swapaxes(1, 2).reshape(down * height, across * width)
-
-        for _ in self.lead:
-            one = jax.vmap(one)
-        return one(self.blocks, self.places)
+        return _block_dense(self)
 
     def astype(self, dtype: Any) -> Any:
         """The same weight in another floating-point dtype."""
@@ -147,6 +137,21 @@ class BlockArray(Decoded):
         return y.astype(dtype or jnp.result_type(x, w.blocks))
 
 
+@jax.jit
+def _block_dense(x: BlockArray) -> Array:
+    (down, across), (height, width) = x.grid, x.block
+
+    def one(blocks, places):
+        zeros = jnp.zeros((down * across, height, width), blocks.dtype)
+        all_blocks = zeros.at[places].set(blocks, mode="drop")
+        all_blocks = all_blocks.reshape(down, across, height, width)
+        return all_blocks.swapaxes(1, 2).reshape(down * height, across * width)
+
+    for _ in x.lead:
+        one = jax.vmap(one)
+    return one(x.blocks, x.places)
+
+
 def block_array(
     w: Float[Array, "..."], block: tuple[int, int], lead: int = 0
 ) -> BlockArray:
@@ -182,7 +187,8 @@ def _fitted(blocks: Array, places: Array, grid: tuple[int, int]) -> BlockArray:
     room = places.shape[-1]
     if not isinstance(places, jax.core.Tracer):
         room = max(1, int(np.asarray(stored).sum(-1).max(initial=0)))
-    return BlockArray(*_first(blocks, places, stored, room), grid)
+    blocks, places = _first(blocks, places, stored, room)
+    return BlockArray(blocks, places, grid)
 
 
 @functools.partial(jax.jit, static_argnums=3)

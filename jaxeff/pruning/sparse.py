@@ -82,15 +82,7 @@ class NMArray(Decoded):
 
     def dense(self) -> Array:
         """The array it stands for."""
-        values, places = (
-            x.reshape(*x.shape[:-1], -1, self.n, 1) for x in self._unpacked()
-        )
-        shape = (*values.shape[:-1], self.m)
-        number = jax.lax.broadcasted_iota(places.dtype, shape, len(shape) - 1)
-        # Not a product with zeros and ones: an infinity would spoil its group.
-        each = jnp.where(places == number, values, jnp.zeros([], values.dtype))
-        dense = jnp.sum(each, axis=-2).reshape(*shape[:-3], -1)
-        return jnp.moveaxis(dense, -1, self.axis)
+        return _nm_dense(self)
 
     def astype(self, dtype: Any) -> Any:
         """The same weight in another floating-point dtype."""
@@ -145,6 +137,18 @@ class NMArray(Decoded):
         return self._packed(values, places, self.axis)
 
 
+# One program rather than an operation at a time, where nothing else compiles it.
+@jax.jit
+def _nm_dense(x: NMArray) -> Array:
+    values, places = (y.reshape(*y.shape[:-1], -1, x.n, 1) for y in x._unpacked())
+    shape = (*values.shape[:-1], x.m)
+    number = jax.lax.broadcasted_iota(places.dtype, shape, len(shape) - 1)
+    # Not a product with zeros and ones: an infinity would spoil its group.
+    each = jnp.where(places == number, values, jnp.zeros([], values.dtype))
+    dense = jnp.sum(each, axis=-2).reshape(*shape[:-3], -1)
+    return jnp.moveaxis(dense, -1, x.axis)
+
+
 def _bits(m: int) -> int:
     return next(bits for bits in (1, 2, 4, 8) if m <= 2**bits)
 
@@ -170,7 +174,8 @@ def nm_array(w: Float[Array, "..."], n: int, m: int, axis: int = -1) -> NMArray:
             f"at most {n} of each {m} neighbours may be nonzero, but a group has "
             f"{most}: prune it to {n}:{m} first."
         )
-    return NMArray(*_pick(jnp.asarray(w), n, m, axis), n, m, axis)
+    values, places = _pick(jnp.asarray(w), n, m, axis)
+    return NMArray(values, places, n, m, axis)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -229,11 +234,7 @@ class BitmaskArray(Decoded):
 
     def _spread(self) -> tuple[Array, Array]:
         """Values and whether they are stored: (*lead, elements)."""
-        bits = unpack_bits(self.mask, 1, math.prod(self.tail)) > 0
-        at = jnp.cumsum(bits, axis=-1, dtype=jnp.int32) - 1
-        at = jnp.clip(at, 0, self.values.shape[-1] - 1)
-        values = jnp.take_along_axis(self.values, at, axis=-1)
-        return jnp.where(bits, values, jnp.zeros([], self.dtype)), bits
+        return _bitmask_spread(self)
 
     def _shaped(self, flat: Array) -> Array:
         n = len(self.lead)
@@ -278,6 +279,15 @@ class BitmaskArray(Decoded):
             jnp.take(self._shaped(x), kept, axis=dim) for x in self._spread()
         )
         return _bitmask(values, bits, len(self.lead), self.values.shape[-1])
+
+
+@jax.jit
+def _bitmask_spread(x: BitmaskArray) -> tuple[Array, Array]:
+    bits = unpack_bits(x.mask, 1, math.prod(x.tail)) > 0
+    at = jnp.cumsum(bits, axis=-1, dtype=jnp.int32) - 1
+    at = jnp.clip(at, 0, x.values.shape[-1] - 1)
+    values = jnp.take_along_axis(x.values, at, axis=-1)
+    return jnp.where(bits, values, jnp.zeros([], x.dtype)), bits
 
 
 def bitmask_array(w: Float[Array, "..."], lead: int = 0) -> BitmaskArray:
