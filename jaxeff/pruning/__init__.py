@@ -6,6 +6,12 @@ from .budgets import (
     flops as flops,
     parameters as parameters,
 )
+from .calibrated import (
+    prunable as prunable,
+    prune_magnitude as prune_magnitude,
+    sparsegpt as sparsegpt,
+    wanda as wanda,
+)
 from .compact import (
     compact as compact,
     compact_report as compact_report,
@@ -37,12 +43,6 @@ from .masks import (
     make_masks as make_masks,
     masked as masked,
     PruneState as PruneState,
-)
-from .one_shot import (
-    prunable as prunable,
-    prune_magnitude as prune_magnitude,
-    sparsegpt as sparsegpt,
-    wanda as wanda,
 )
 from .outputs import activation as activation, output_error as output_error
 from .patterns import (

@@ -3,6 +3,7 @@ are multiplied.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,17 +65,7 @@ class BlockArray(Decoded):
 
     def dense(self) -> Array:
         """The array it stands for."""
-        (down, across), (height, width) = self.grid, self.block
-
-        def one(blocks, places):
-            zeros = jnp.zeros((down * across, height, width), blocks.dtype)
-            all_blocks = zeros.at[places].set(blocks, mode="drop")
-            all_blocks = all_blocks.reshape(down, across, height, width)
-            return all_blocks.swapaxes(1, 2).reshape(down * height, across * width)
-
-        for _ in self.lead:
-            one = jax.vmap(one)
-        return one(self.blocks, self.places)
+        return _block_dense(self)
 
     def astype(self, dtype: Any) -> Any:
         """The same weight in another floating-point dtype."""
@@ -114,7 +105,7 @@ class BlockArray(Decoded):
         new = np.full(at.size + 1, left.size)  # what goes becomes a filler
         new[left.ravel()] = np.arange(left.size)
         places = jnp.asarray(new, self.places.dtype)[self.places]
-        return BlockArray(self.blocks, places, left.shape)
+        return _fitted(self.blocks, places, left.shape)
 
     def dot(self, x: Array, dot: Dot) -> Array:
         """`dot(x, self.dense())`, a product for each stored block."""
@@ -146,6 +137,21 @@ class BlockArray(Decoded):
         return y.astype(dtype or jnp.result_type(x, w.blocks))
 
 
+@jax.jit
+def _block_dense(x: BlockArray) -> Array:
+    (down, across), (height, width) = x.grid, x.block
+
+    def one(blocks, places):
+        zeros = jnp.zeros((down * across, height, width), blocks.dtype)
+        all_blocks = zeros.at[places].set(blocks, mode="drop")
+        all_blocks = all_blocks.reshape(down, across, height, width)
+        return all_blocks.swapaxes(1, 2).reshape(down * height, across * width)
+
+    for _ in x.lead:
+        one = jax.vmap(one)
+    return one(x.blocks, x.places)
+
+
 def block_array(
     w: Float[Array, "..."], block: tuple[int, int], lead: int = 0
 ) -> BlockArray:
@@ -170,12 +176,28 @@ def block_array(
     grid = (shape[0] // block[0], shape[1] // block[1])
     cells = block_cells(jnp.asarray(w), block, lead)
     stored = jnp.any(cells != 0, axis=(-1, -2))
-    room = max(1, int(jnp.max(jnp.sum(stored, axis=-1), initial=0)))
-    order = jnp.argsort(~stored, axis=-1, stable=True)[..., :room]
-    real = jnp.take_along_axis(stored, order, axis=-1)
-    places = jnp.where(real, order, grid[0] * grid[1]).astype(jnp.int32)
-    blocks = jnp.take_along_axis(cells, order[..., None, None], axis=-3)
+    number = jax.lax.broadcasted_iota(jnp.int32, stored.shape, lead)
+    places = jnp.where(stored, number, grid[0] * grid[1])
+    return _fitted(cells, places, grid)
+
+
+def _fitted(blocks: Array, places: Array, grid: tuple[int, int]) -> BlockArray:
+    """A `BlockArray` with no more fillers than it needs, if that can be known."""
+    stored = places < grid[0] * grid[1]
+    room = places.shape[-1]
+    if not isinstance(places, jax.core.Tracer):
+        room = max(1, int(np.asarray(stored).sum(-1).max(initial=0)))
+    blocks, places = _first(blocks, places, stored, room)
     return BlockArray(blocks, places, grid)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _first(
+    blocks: Array, places: Array, stored: Array, room: int
+) -> tuple[Array, Array]:
+    order = jnp.argsort(~stored, axis=-1, stable=True)[..., :room]
+    blocks = jnp.take_along_axis(blocks, order[..., None, None], axis=-3)
+    return blocks, jnp.take_along_axis(places, order, axis=-1)
 
 
 def block_cells(w: Any, block: tuple[int, int], lead: int) -> Any:

@@ -5,6 +5,7 @@ is bytes; `blocks.py` has the one that saves multiplications too.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -81,15 +82,7 @@ class NMArray(Decoded):
 
     def dense(self) -> Array:
         """The array it stands for."""
-        values, places = (
-            x.reshape(*x.shape[:-1], -1, self.n, 1) for x in self._unpacked()
-        )
-        shape = (*values.shape[:-1], self.m)
-        number = jax.lax.broadcasted_iota(places.dtype, shape, len(shape) - 1)
-        # Not a product with zeros and ones: an infinity would spoil its group.
-        each = jnp.where(places == number, values, jnp.zeros([], values.dtype))
-        dense = jnp.sum(each, axis=-2).reshape(*shape[:-3], -1)
-        return jnp.moveaxis(dense, -1, self.axis)
+        return _nm_dense(self)
 
     def astype(self, dtype: Any) -> Any:
         """The same weight in another floating-point dtype."""
@@ -144,6 +137,18 @@ class NMArray(Decoded):
         return self._packed(values, places, self.axis)
 
 
+# One program rather than an operation at a time, where nothing else compiles it.
+@jax.jit
+def _nm_dense(x: NMArray) -> Array:
+    values, places = (y.reshape(*y.shape[:-1], -1, x.n, 1) for y in x._unpacked())
+    shape = (*values.shape[:-1], x.m)
+    number = jax.lax.broadcasted_iota(places.dtype, shape, len(shape) - 1)
+    # Not a product with zeros and ones: an infinity would spoil its group.
+    each = jnp.where(places == number, values, jnp.zeros([], values.dtype))
+    dense = jnp.sum(each, axis=-2).reshape(*shape[:-3], -1)
+    return jnp.moveaxis(dense, -1, x.axis)
+
+
 def _bits(m: int) -> int:
     return next(bits for bits in (1, 2, 4, 8) if m <= 2**bits)
 
@@ -162,21 +167,28 @@ def nm_array(w: Float[Array, "..."], n: int, m: int, axis: int = -1) -> NMArray:
             f"groups of {m} with 1 <= n = {n} of them kept fill a dim whose length is "
             f"a multiple of {m}, got {w.shape[axis]}: choose another dim or pattern."
         )
-    groups = jnp.moveaxis(jnp.asarray(w), axis, -1)
-    groups = groups.reshape(*groups.shape[:-1], -1, m)
-    most = int(jnp.max(jnp.sum(groups != 0, axis=-1), initial=0))
+    groups = np.moveaxis(np.asarray(w) != 0, axis, -1)
+    most = int(groups.reshape(-1, m).sum(1).max(initial=0))
     if most > n:
         raise ValueError(
             f"at most {n} of each {m} neighbours may be nonzero, but a group has "
             f"{most}: prune it to {n}:{m} first."
         )
+    values, places = _pick(jnp.asarray(w), n, m, axis)
+    return NMArray(values, places, n, m, axis)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _pick(w: Array, n: int, m: int, axis: int) -> tuple[Array, Array]:
+    """The values and packed places of an `NMArray`."""
+    groups = jnp.moveaxis(w, axis, -1)
+    groups = groups.reshape(*groups.shape[:-1], -1, m)
     first = jnp.argsort(groups == 0, axis=-1, stable=True)[..., :n]
     places = jnp.sort(first, axis=-1)
     values = jnp.take_along_axis(groups, places, axis=-1)
     flat = lambda x: x.reshape(*x.shape[:-2], -1)
     packed = pack_bits(flat(places), _bits(m))
-    back = lambda x: jnp.moveaxis(x, -1, axis)
-    return NMArray(back(flat(values)), back(packed), n, m, axis)
+    return jnp.moveaxis(flat(values), -1, axis), jnp.moveaxis(packed, -1, axis)
 
 
 @pytree
@@ -222,11 +234,7 @@ class BitmaskArray(Decoded):
 
     def _spread(self) -> tuple[Array, Array]:
         """Values and whether they are stored: (*lead, elements)."""
-        bits = unpack_bits(self.mask, 1, math.prod(self.tail)) > 0
-        at = jnp.cumsum(bits, axis=-1, dtype=jnp.int32) - 1
-        at = jnp.clip(at, 0, self.values.shape[-1] - 1)
-        values = jnp.take_along_axis(self.values, at, axis=-1)
-        return jnp.where(bits, values, jnp.zeros([], self.dtype)), bits
+        return _bitmask_spread(self)
 
     def _shaped(self, flat: Array) -> Array:
         n = len(self.lead)
@@ -273,6 +281,15 @@ class BitmaskArray(Decoded):
         return _bitmask(values, bits, len(self.lead), self.values.shape[-1])
 
 
+@jax.jit
+def _bitmask_spread(x: BitmaskArray) -> tuple[Array, Array]:
+    bits = unpack_bits(x.mask, 1, math.prod(x.tail)) > 0
+    at = jnp.cumsum(bits, axis=-1, dtype=jnp.int32) - 1
+    at = jnp.clip(at, 0, x.values.shape[-1] - 1)
+    values = jnp.take_along_axis(x.values, at, axis=-1)
+    return jnp.where(bits, values, jnp.zeros([], x.dtype)), bits
+
+
 def bitmask_array(w: Float[Array, "..."], lead: int = 0) -> BitmaskArray:
     """The nonzeros of a weight.
 
@@ -296,8 +313,14 @@ def _bitmask(
     if not isinstance(kept, jax.core.Tracer):
         room = int(jnp.max(jnp.sum(kept, axis=-1), initial=0))
     room = max(1, min(room, w.shape[-1]))
+    values, mask = _store(w, kept, room)
+    return BitmaskArray(values, mask, tail, tuple(range(len(tail))))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _store(w: Array, kept: Array, room: int) -> tuple[Array, Array]:
+    """The values and the mask of a `BitmaskArray`."""
     order = jnp.argsort(~kept, axis=-1, stable=True)[..., :room]
     values = jnp.take_along_axis(w, order, axis=-1)
     real = jnp.take_along_axis(kept, order, axis=-1)
-    values = jnp.where(real, values, jnp.zeros([], w.dtype))
-    return BitmaskArray(values, pack_bits(kept, 1), tail, tuple(range(len(tail))))
+    return jnp.where(real, values, jnp.zeros([], w.dtype)), pack_bits(kept, 1)

@@ -77,20 +77,26 @@ def prune_matrix(
     w = jnp.pad(w, ((0, 0), (0, padded - cols)))
     counts = jnp.asarray(_shares(rows, cols, block, sparsity), jnp.int32)
     at = jnp.arange(padded)
+    # What multiplies zeros alone costs nothing. (If all does, all count the same.)
+    dead = (jnp.diagonal(h) == 0) & jnp.any(jnp.diagonal(h) > 0)
+    scale = (
+        jnp.diagonal(u).at[:cols].set(jnp.where(dead, jnp.inf, jnp.diagonal(u)[:cols]))
+    )
 
     def step(j, w):
         start = j * block
         part = jax.lax.dynamic_slice(w, (0, start), (rows, block))
         inner = jax.lax.dynamic_slice(u, (start, start), (block, block))
+        near = jax.lax.dynamic_slice(scale, (start,), (block,))
         if isinstance(sparsity, Pattern):
             drop, pattern = jnp.zeros(part.shape, bool), sparsity
         else:
-            score = (part / jnp.diagonal(inner)[None]) ** 2
+            score = (part / near[None]) ** 2
             real = jax.lax.dynamic_slice(at, (start,), (block,)) < cols
             score = jnp.where(real[None], score, jnp.inf)
             drop = lowest(score.reshape(-1), counts[j]).reshape(part.shape)
             pattern = None
-        part, errors = _block(part, inner, drop, pattern)
+        part, errors = _block(part, inner, near, drop, pattern)
         w = jax.lax.dynamic_update_slice(w, part, (0, start))
         across = jax.lax.dynamic_slice(u, (start, 0), (block, padded))
         across = jnp.where((at >= start + block)[None], across, 0)
@@ -102,6 +108,7 @@ def prune_matrix(
 def _block(
     w: Float[Array, "rows block"],
     u: Float[Array, "block block"],
+    scale: Float[Array, " block"],
     drop: Bool[Array, "rows block"],
     pattern: Pattern | None,
 ) -> tuple[Float[Array, "rows block"], Float[Array, "rows block"]]:
@@ -111,8 +118,8 @@ def _block(
     def choose(k, w, drop):
         assert pattern is not None
         near = jax.lax.dynamic_slice(w, (0, k), (w.shape[0], pattern.m))
-        scale = jax.lax.dynamic_slice(diagonal, (k,), (pattern.m,))
-        lost = drop_n_of_m((near / scale[None]) ** 2, pattern)
+        by = jax.lax.dynamic_slice(scale, (k,), (pattern.m,))
+        lost = drop_n_of_m((near / by[None]) ** 2, pattern)
         return jax.lax.dynamic_update_slice(drop, lost, (0, k))
 
     def column(k, carry):

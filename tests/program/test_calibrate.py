@@ -119,16 +119,14 @@ def test_the_turns_of_a_scan_are_compiled_once(monkeypatch):
 
 
 def test_uses_of_one_weight_are_added_however_they_see_it():
-
     def fn(p, x):
         y = jnp.tanh(x @ p["w"])
         y = jnp.tanh(y @ p["w"].T.reshape(6, 2, 3).reshape(6, 6).T)
-        y = jnp.tanh(
-            jnp.einsum("hds,bds->bh", p["w"].T.reshape(6, 2, 3), y.reshape(4, 2, 3))
-        )
-        # The inputs in another order: their sums are put back into that of the first.
+        split = p["w"].T.reshape(6, 2, 3)
+        y = jnp.tanh(jnp.einsum("hds,bds->bh", split, y.reshape(4, 2, 3)))
+        # The inputs in another order: the sums are in that of the first use.
         w = p["w"].reshape(2, 3, 6).transpose(1, 0, 2).reshape(6, 6)
-        return y.reshape(4, 2, 3).transpose(0, 2, 1).reshape(4, 6) @ w, y
+        return y.reshape(4, 2, 3).transpose(0, 2, 1).reshape(4, 6) @ w
 
     w = draw(6, 6) / 2
     ((part, _, total),) = see(fn, {"w": w}, (X,), weights=["w"])[0]
@@ -217,14 +215,9 @@ def test_a_convolution_is_a_product_with_patches(shape, groups, options):
 
 def test_a_weight_cut_at_a_number_that_a_loop_counts_is_found():
     def fn(p, x):
-        return lax.scan(
-            lambda x, i: (
-                jnp.tanh(x @ lax.dynamic_index_in_dim(p["w"], i, 0, False)),
-                i,
-            ),
-            x,
-            jnp.arange(3),
-        )[0]
+        layer = lambda i: lax.dynamic_index_in_dim(p["w"], i, 0, False)
+        turn = lambda x, i: (jnp.tanh(x @ layer(i)), i)
+        return lax.scan(turn, x, jnp.arange(3))[0]
 
     w = draw(3, 6, 6)
     seen, new = see(fn, {"w": w}, (X,), weights=["w"], change=lambda w: w + 1)
