@@ -161,7 +161,7 @@ class Leaf(abc.ABC):
 
     def __init_subclass__(cls) -> None:
         """Makes the kind known by its name."""
-        Leaf.kinds[cls.__name__] = cls
+        Leaf.kinds[f"{cls.__module__}.{cls.__name__}"] = cls
 
     @property
     @abc.abstractmethod
