@@ -101,7 +101,7 @@ def cover(params: PyTree, value: Any, only: tree.Patterns | None) -> list[Rule]:
 def leaf_arrays(params: PyTree) -> set[str]:
     """The paths of the arrays that compressed weights are made of."""
     return {
-        f"{path}/{part}"
+        f"{path}/{part}".lstrip("/")  # a leaf alone has no path
         for path, x in tree.paths(params, is_leaf).items()
         if is_leaf(x)
         for part in tree.paths(x)
