@@ -61,7 +61,8 @@ class Program:
     def __str__(self) -> str:
         """A table of the weights: shape, what they cost, and how they couple."""
         rows = []
-        sizes = {path: a.size for path, a in self.shapes.items()} | self.packed
+        sizes = {path: a.size for path, a in self.shapes.items()}
+        sizes.update(self.packed)
         for path, aval in self.shapes.items():
             cost = self.costs.weights.get(path)
             dims = map(self.couplings.describe, self.couplings.dims[path])

@@ -155,7 +155,9 @@ def _why_not(x: Any, uses: list[Site]) -> str:
 
 
 def _asked(
-    formats: Formats, weights: Mapping[str, str], reasons: Mapping[str, str]
+    formats: Mapping[str, Linear | None],
+    weights: Mapping[str, str],
+    reasons: Mapping[str, str],
 ) -> dict[str, Linear | None]:
     """The format of each array by the first pattern that matches it."""
     asked: dict[str, Linear | None] = {}
