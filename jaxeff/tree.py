@@ -159,6 +159,12 @@ def is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
+def dtype_name(dtype: Any) -> str:
+    """`float32`; of a typed random key, which NumPy does not know, `key<fry>`."""
+    extended = jnp.issubdtype(dtype, jax.dtypes.extended)
+    return str(dtype) if extended else jnp.dtype(dtype).name
+
+
 def partition(params: PyTree, trainable: Patterns = "**") -> tuple[PyTree, PyTree]:
     """Splits a tree into what trains and what stays, `None` where the other has it.
 

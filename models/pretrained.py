@@ -34,7 +34,8 @@ def load_resnet20(path: str | os.PathLike) -> tuple[ResNet, dict[str, Any]]:
     except ImportError:
         raise ImportError(
             "Reading safetensors files needs the package safetensors. "
-            "Install it with `pip install jaxeff[export]`."
+            "Install it with `pip install jaxeff[export]`.",
+            name="safetensors",
         ) from None
     data = _read(path)
     try:

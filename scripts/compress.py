@@ -29,7 +29,7 @@ from rich.console import Console
 from jaxeff import cost, data, models, parallelism
 from jaxeff.distillation import response_loss, taught
 from jaxeff.lowrank import energy, factorize
-from jaxeff.program import like
+from jaxeff.program import is_original, like
 from jaxeff.pruning import shrink_in_rounds
 from jaxeff.quantization import int4, int8, quantize, w8a8
 from jaxeff.training import (
@@ -45,7 +45,7 @@ from jaxeff.training import (
     make_train_step,
     save_model,
 )
-from jaxeff.training.cli import join_processes, main
+from jaxeff.training.cli import check_same_options, join_processes, main
 from jaxeff.training.report import plot_svg, write_report
 from jaxeff.training.results import about, write_json
 
@@ -83,7 +83,7 @@ class Config:
     """Model to train; by default one that suits the data."""
     load: Path | None = None
     """Start from this trained model instead: the dense checkpoint of an earlier run
-    (a folder), or the ResNet-20 for CIFAR-10 as .safetensors."""
+    (a folder), or the ResNet-20 for CIFAR-10 as .safetensors (extra `export`)."""
     output: Path = Path("runs/compress")
     """Folder for the report, the results and the models."""
     resume: bool = False
@@ -111,7 +111,8 @@ class Config:
     usd_per_hour: float = 0.10
     """Price of this machine, in US dollars per hour."""
     place: str = "world"
-    """Country or cloud region whose electricity is counted."""
+    """Whose electricity is counted: a country by its name or ISO code of three letters
+    (France, FRA), a Google Cloud region (gcp/europe-west9), or world."""
     seed: int = 0
     """Of the weights, the shuffles and the augmentation."""
 
@@ -156,7 +157,7 @@ class Run:
         norm = {} if file is None else RESNET20_INPUT
         if config.load is not None and file is None:
             # A model is asked what it was trained on, and how that was normalised.
-            norm = load_meta(config.load).get("user", {}).get("input", {})
+            norm = _dense_meta(config.load).get("input", {})
         self.train, self.test = data.load(config.data, config.data_dir, **norm)
         self.input = {"mean": self.train.mean, "std": self.train.std}
         self.example = jnp.asarray(self.train.images[:1])
@@ -294,6 +295,17 @@ class Run:
             return Version("dense", self.eval_fn, params, seconds)
 
         return self.version("dense", make)
+
+
+def _dense_meta(folder: Path) -> dict[str, Any]:
+    """What a dense model was saved with; refuses one that was compressed."""
+    about = load_meta(folder)
+    if not is_original(about.get("compression", {"rewrites": [], "weights": {}})):
+        raise ValueError(
+            f"this compresses a dense model, but {folder} holds one that was "
+            "compressed already. --load the dense one of that run, models/dense."
+        )
+    return about.get("user", {})
 
 
 def _slug(name: str) -> str:
@@ -436,17 +448,15 @@ def prepare(config: Config) -> None:
 
 
 def _check_folder(config: Config) -> None:
-    marker, options = config.output / "options.json", _json(_identity(config))
+    marker = config.output / "options.json"
     if config.resume and not marker.exists():
         raise ValueError(
             f"--resume continues a run, but {config.output} holds none. Leave it out "
             "to start one."
         )
-    if config.resume and marker.read_text() != options:
-        raise ValueError(
-            f"--resume continues a run with the same options, but {marker} has others. "
-            "Repeat those, or choose another --output."
-        )
+    if config.resume:
+        now = json.loads(_json(_identity(config)))
+        check_same_options(json.loads(marker.read_text()), now, config.output)
     if config.resume or not config.output.exists():
         return
     if not config.output.is_dir() or any(config.output.iterdir()):

@@ -52,8 +52,14 @@ from jaxeff.training import (
     Metrics,
     save_model,
 )
-from jaxeff.training.cli import join_processes, main
+from jaxeff.training.cli import (
+    check_same_options,
+    join_processes,
+    main,
+    option_name,
+)
 from jaxeff.training.language import language_loss, nats_per_token
+from jaxeff.training.metrics import check_events
 from jaxeff.training.results import write_json
 
 # What may differ when a run goes on; the other options are what the run is.
@@ -117,6 +123,7 @@ class Task:
 
     about: str  # in words
     example: np.ndarray  # what the model takes, one of it
+    answers: int  # classes, or tokens: how many there are
     steps_per_epoch: int | None
     batches: Callable[[int], Iterator[Any]]  # from a step on
     loss: Callable[[Callable], Callable]  # of the model as trained
@@ -130,6 +137,7 @@ def images(c: Config, to: Sharding) -> Task:
     return Task(
         about=f"{c.data} ({len(train):,} training and {len(test):,} test images)",
         example=train.images[:1],
+        answers=len(train.classes),
         steps_per_epoch=max(1, len(train) // c.batch_size),
         batches=lambda step: batches(train, c.batch_size, seed=c.seed, start_step=step),
         loss=lambda fn: classification_loss(fn, augment=change),
@@ -153,6 +161,7 @@ def language(c: Config, to: Sharding) -> Task:
     return Task(
         about=f"{path} ({len(train):,} bytes to train on and {len(unseen):,} unseen)",
         example=np.zeros((1, c.sequence), np.int32),
+        answers=1 + int(max(train.max(), unseen.max())),
         steps_per_epoch=None,
         batches=lambda step: draw(start_step=step),
         loss=language_loss,
@@ -207,6 +216,17 @@ def sizes(given: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
+def check_answers(fn: Callable, variables: Any, task: Task) -> None:
+    """Refuses a model with fewer logits than there are classes or tokens."""
+    logits = jax.eval_shape(fn, variables, task.example).shape[-1]
+    if logits < task.answers:
+        raise ValueError(
+            f"a model has a logit for every class or token, but this one has {logits} "
+            f"and the data {task.answers}. Leave vocab_size or classes out of --sizes, "
+            f"or let it be {task.answers} at least."
+        )
+
+
 def optimizer(c: Config, steps: int) -> optax.GradientTransformation:
     """AdamW on clipped gradients; its rate rises, then falls as a cosine."""
     warmup = max(1, steps // 20)
@@ -225,10 +245,10 @@ def check_numbers(c: Config) -> None:
     intervals = ("checkpoint_every", "log_every", "eval_every")
     for name in (*counts, *intervals):
         if (value := getattr(c, name)) is not None and value < 1:
-            raise ValueError(f"{option(name)} is 1 or more, got {value}.")
+            raise ValueError(f"{option_name(name)} is 1 or more, got {value}.")
     for name in ("learning_rate", "clip"):
         if not (value := getattr(c, name)) > 0:
-            raise ValueError(f"{option(name)} is above 0, got {value}.")
+            raise ValueError(f"{option_name(name)} is above 0, got {value}.")
     if c.epochs is not None and c.data == "text":
         raise ValueError(
             f"a text has no epochs, its windows are drawn, but --epochs is {c.epochs}. "
@@ -247,14 +267,12 @@ def check_folder(c: Config) -> None:
             f"a new run needs a new folder, but {c.output} holds checkpoints. Go on "
             "from the last one with --resume, or name another folder with --output."
         )
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    for name in before:
-        if name in now and name not in MAY_CHANGE and before[name] != now[name]:
-            raise ValueError(
-                f"a run goes on with the options it began with, but the one in "
-                f"{c.output} has {option(name)} {before[name]}, and now it is "
-                f"{now[name]}. Give the same again, or name another --output."
-            )
+    check_same_options(before_of(path), now, c.output, MAY_CHANGE)
+
+
+def before_of(path: Path) -> dict[str, Any]:
+    """The options a run began with, where its folder tells."""
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def as_json(c: Config) -> dict[str, Any]:
@@ -262,15 +280,22 @@ def as_json(c: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(c), default=str))
 
 
-def option(name: str) -> str:
-    """A field of `Config` as it is written on the command line."""
-    return "--" + name.replace("_", "-")
+def say_schedule(c: Config, first: int, steps: int) -> None:
+    """Tells where more or fewer steps mean another learning rate from here on."""
+    before = before_of(c.output / "config.json")
+    if first and any(before.get(k) != getattr(c, k) for k in ("steps", "epochs")):
+        print(
+            f"the run began with other --steps or --epochs: from step {first} on its "
+            f"learning rate is that of a run of {steps} steps"
+        )
 
 
 def run(c: Config) -> None:
     """The whole run."""
     began = time.monotonic()
     check_numbers(c)
+    if c.tensorboard:
+        check_events()
     check_folder(c)
     join_processes()
     mesh = make_mesh()
@@ -284,6 +309,7 @@ def run(c: Config) -> None:
     # Initialised as one program: eagerly it is hundreds of small ones.
     variables = jax.jit(model.init)(jr.key(c.seed), task.example)
     eval_fn, train_fn = forms(model, variables)
+    check_answers(eval_fn, variables, task)
     if c.dtype != "float32":
         eval_fn = autocast(eval_fn, c.dtype)
         train_fn = autocast(train_fn, c.dtype)
@@ -305,7 +331,15 @@ def run(c: Config) -> None:
                 f"the run in {c.output} is at step {first}, past the {steps} steps "
                 "asked for. Ask for more, or name another folder with --output."
             )
+        if first == steps and (c.output / "model").exists():
+            if jax.process_index() == 0:
+                print(
+                    f"{c.output}: nothing to do, its {steps} steps are done and its "
+                    "model is saved. Ask for more --steps to go on."
+                )
+            return
         if jax.process_index() == 0:
+            say_schedule(c, first, steps)
             write_json(c.output / "config.json", as_json(c))
             print(
                 f"{c.model}, {count_parameters(variables['params']):,} parameters, "

@@ -123,7 +123,7 @@ def intensity(place: str, table: Mapping[str, Intensity] = INTENSITIES) -> Inten
         table: the one embedded here, or one from `load_intensities`.
 
     Raises:
-        ValueError: no such place (the nearest are listed), or several.
+        ValueError: no such place, or several.
     """
     wanted = place.strip().lower()
     found = {k: v for k, v in table.items() if wanted in _aliases(k, v)}
@@ -134,11 +134,13 @@ def intensity(place: str, table: Mapping[str, Intensity] = INTENSITIES) -> Inten
             f"{place!r} means {len(found)} places: {', '.join(found)}. Say which."
         )
     names = {alias: k for k, v in table.items() for alias in _aliases(k, v)}
-    near = difflib.get_close_matches(wanted, names, n=5, cutoff=0.0)
-    listed = ", ".join(dict.fromkeys(names[n] for n in near))
+    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.7)
+    listed = " or ".join(dict.fromkeys(names[n] for n in near))
     raise ValueError(
-        f"no carbon intensity for {place!r} among {len(table)} places. Nearest: "
-        f"{listed}. Or pass grams per kWh as a number."
+        f"no carbon intensity for {place!r} among {len(table)} places. "
+        f"{f'Did you mean {listed}? ' if listed else ''}Give a country by its name or "
+        "ISO code of three letters (France, FRA), a cloud region (gcp/europe-west9), "
+        "or world."
     )
 
 

@@ -59,16 +59,25 @@ def distill_loss(
         Nats per example, not averaged; float32 at least.
 
     Raises:
-        ValueError: `temperature` is not positive.
+        ValueError: `temperature` is not positive, or the shapes differ.
 
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}: 1 is plain.")
+    _check_same(teacher.shape, student.shape)
     wide = jnp.promote_types(jnp.float32, jnp.result_type(student, teacher))
     soften = lambda x: jax.nn.log_softmax(x.astype(wide) / temperature)
     log_p, log_q = soften(jax.lax.stop_gradient(teacher)), soften(student)
     return temperature**2 * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def _check_same(teacher: tuple[int, ...], student: tuple[int, ...]) -> None:
+    if teacher != student:
+        raise ValueError(
+            f"teacher and student answer the same question, but their logits have "
+            f"shapes {teacher} and {student}. Choose models with the same classes."
+        )
 
 
 def response_loss(
@@ -101,12 +110,6 @@ def response_loss(
         batch, teacher_params = batch_and_teacher
         answer = forward(params, batch, key)
         teacher = teacher_fn(teacher_params, *answer.inputs)
-        if teacher.shape != answer.logits.shape:
-            raise ValueError(
-                f"teacher and student answer the same question, but their logits have "
-                f"shapes {teacher.shape} and {answer.logits.shape}. Choose models with "
-                "the same classes."
-            )
         soft = distill_loss(answer.logits, teacher, temperature=temperature)
         return weight * jnp.mean(soft) + (1 - weight) * answer.loss, answer.aux
 

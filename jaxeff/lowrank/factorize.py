@@ -29,7 +29,10 @@ from jaxeff.program import (
 from .factored import Factored
 from .svd import check_rank, factor_array, matrix_shape, Rank, rank_number
 
-Ranks = Mapping[str, Rank]
+Ranks = Rank | Mapping[str, Rank]
+
+
+ALREADY = "it is compressed already"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +52,11 @@ def factorize(
         fn: `fn(params, *args)`.
         params: its weights. Those that are compressed stay. May be shapes.
         args: example inputs, or their shapes.
-        ranks: pattern -> rank; the first pattern that matches a weight counts. An
-            int is a count, a float in (0, 1] a fraction of the full rank,
-            `energy(0.9)` what it takes to keep that much. A weight stacked for a
-            scan gets one rank for all its layers, for `energy` the largest.
+        ranks: one rank for every weight, or pattern -> rank, where the first
+            pattern that matches a weight counts. An int is a count, a float in (0, 1]
+            a fraction of the full rank, `energy(0.9)` what it takes to keep that
+            much. A weight stacked for a scan gets one rank for all its layers, for
+            `energy` the largest.
 
     Returns:
         `lift(fn)` and the new weights. A weight whose factors would be no smaller, or
@@ -78,6 +82,7 @@ def choose(
     fn: Callable, params: PyTree, args: tuple, ranks: Ranks
 ) -> dict[str, Factored | str]:
     """For each weight its factors, or why it stays; see `factorize`."""
+    ranks = ranks if isinstance(ranks, Mapping) else {"**": ranks}
     for rank in ranks.values():
         check_rank(rank)
     weights = tree.paths(params, is_leaf)
@@ -103,9 +108,13 @@ def choose(
         if not any(isinstance(out[path], Factored) for path in matched):
             said = "; ".join(f"{p}: {out[p]}" for p in matched[:3])
             more = " ..." * (len(matched) > 3)
+            done = any(out[path] == ALREADY for path in matched)
+            way_out = "Choose other weights or a smaller rank."
+            if done:
+                way_out = "Factorize before quantizing, and each weight once."
             raise ValueError(
                 f"pattern {pattern!r} factors none of the {len(matched)} weights it "
-                f"matches: {said}{more}. Choose other weights or a smaller rank."
+                f"matches: {said}{more}. {way_out}"
             )
     return out
 
@@ -113,7 +122,7 @@ def choose(
 def _cut(w: Any, uses: list[tuple[Site, JaxprEqn]]) -> Cut | str:
     """How to cut a weight so that every use of it is cheaper, or why it can't be."""
     if is_leaf(w):
-        return "it is compressed already"
+        return ALREADY
     if not tree.is_array(w) or not jnp.issubdtype(w.dtype, jnp.floating):
         return "it is no floating-point array"
     if not uses:

@@ -10,7 +10,7 @@ Source: Micikevicius et al. 2018, arXiv:1710.03740; torch.amp.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,6 +30,21 @@ class Autocast(Rewritten):
 
     dtype: Any
     outputs: Any = None
+
+    def settings(self) -> dict[str, Any]:
+        """The two dtypes by name."""
+        outputs = None if self.outputs is None else self.outputs.name
+        return {"dtype": self.dtype.name, "outputs": outputs}
+
+    @classmethod
+    def restored(cls, fn: Callable, settings: Mapping[str, Any]) -> "Autocast":
+        """`fn` in the dtypes of these names."""
+        outputs = settings["outputs"]
+        return cls(
+            fn,
+            jnp.dtype(settings["dtype"]),
+            None if outputs is None else jnp.dtype(outputs),
+        )
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         """`fn`, with each operation in the dtype it can stand."""
@@ -74,13 +89,22 @@ def autocast(
         ValueError: the dtype is none of these; or, when called, no product of `fn`
             runs in it.
     """
-    if jnp.dtype(dtype) not in map(jnp.dtype, LOW):
+    low = _dtype(dtype)
+    if low not in map(jnp.dtype, LOW):
         raise ValueError(
             f"autocast runs in bfloat16 or float16 (or float32, which changes "
-            f"nothing), got {jnp.dtype(dtype)}. For fewer bits quantize the weights."
+            f"nothing), got {low}. For fewer bits quantize the weights."
         )
-    outputs = None if outputs is None else jnp.dtype(outputs)
-    return Autocast(fn, jnp.dtype(dtype), outputs)
+    return Autocast(fn, low, None if outputs is None else _dtype(outputs))
+
+
+def _dtype(given: DTypeLike) -> Any:
+    try:
+        return jnp.dtype(given)
+    except TypeError:
+        raise ValueError(
+            f"there is no dtype {given!r}. Write jax.numpy.bfloat16, or 'bfloat16'."
+        ) from None
 
 
 def _cast(y: Any, dtype: Any) -> jax.Array:

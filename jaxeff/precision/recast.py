@@ -264,7 +264,9 @@ class Recast(Interpreter):
             low = [self.low(x) if f else x for x, f in zip(args, floats, strict=True)]
             outs = bind(_accumulating(eqn, dtype), low)
         if eqn.primitive.name in PRODUCTS:
-            self.products[jnp.dtype(outs[0].dtype)] += 1
+            # By its operands: in which dtype it accumulates is another matter.
+            given = jnp.result_type(*(v.aval.dtype for v in eqn.invars))
+            self.products[self.dtype if is_product(eqn) else given] += 1
         if args and all(map(yields, args)):
             outs = [Held(y, yields=True) if is_wide(y) else y for y in outs]
         return outs

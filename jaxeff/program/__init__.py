@@ -38,7 +38,11 @@ from .resize import (
     Plan as Plan,
     resize as resize,
 )
-from .saved import describe as describe, rebuild as rebuild
+from .saved import (
+    describe as describe,
+    is_original as is_original,
+    rebuild as rebuild,
+)
 from .sites import reshape_groups as reshape_groups, Site as Site
 from .slicing import (
     Keep as Keep,

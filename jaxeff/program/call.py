@@ -1,8 +1,9 @@
 """A function traced on given operands, ready to be run again by an interpreter."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 
@@ -20,16 +21,45 @@ class Rewritten:
         fn: the other one.
     """
 
+    kinds: ClassVar[dict[str, type["Rewritten"]]] = {}  # by name, for checkpoints
+
     fn: Callable
+
+    def __init_subclass__(cls) -> None:
+        """Makes the kind known by its name."""
+        Rewritten.kinds[f"{cls.__module__}.{cls.__name__}"] = cls
 
     def around(self, fn: Callable) -> Any:
         """The same rewrite of another function."""
         return dataclasses.replace(self, fn=fn)
 
+    def settings(self) -> dict[str, Any]:
+        """What `restored` needs to rewrite another function likewise, as JSON.
+
+        Raises:
+            ValueError: this kind of rewrite has no description.
+        """
+        raise ValueError(
+            f"a file cannot describe a function rewritten by {type(self).__name__}: "
+            "save the function that it was made of, its attribute `fn`."
+        )
+
+    @classmethod
+    def restored(cls, fn: Callable, settings: Mapping[str, Any]) -> Any:
+        """The rewrite of `fn` that has these settings."""
+        return cls(fn, **settings)
+
 
 def inner(fn: Callable) -> Callable | None:
-    """What a rewritten or a jitted function was made of; None for any other."""
-    return fn.fn if isinstance(fn, Rewritten) else getattr(fn, "__wrapped__", None)
+    """What a rewritten function was made of; None for one that is a model's own.
+
+    A function is seen through `jax.jit` and where only keywords of it are given.
+    """
+    if isinstance(fn, Rewritten):
+        return fn.fn
+    if isinstance(fn, functools.partial) and not fn.args:
+        return fn.func
+    return getattr(fn, "__wrapped__", None)
 
 
 class Call:

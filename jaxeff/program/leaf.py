@@ -19,6 +19,8 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array, Bool, PyTree
 
+from jaxeff.tree import paths
+
 
 class DotDims(NamedTuple):
     """How a `dot_general` of `x` with a weight pairs their dims."""
@@ -161,7 +163,7 @@ class Leaf(abc.ABC):
 
     def __init_subclass__(cls) -> None:
         """Makes the kind known by its name."""
-        Leaf.kinds[cls.__name__] = cls
+        Leaf.kinds[f"{cls.__module__}.{cls.__name__}"] = cls
 
     @property
     @abc.abstractmethod
@@ -176,6 +178,11 @@ class Leaf(abc.ABC):
     @abc.abstractmethod
     def dense(self) -> Array:
         """The array it stands for."""
+
+    @property
+    def packed_sizes(self) -> dict[str, int]:
+        """How many numbers those fields hold that store several in one element."""
+        return {}
 
     @property
     def ndim(self) -> int:
@@ -238,6 +245,18 @@ def take_places(
 def is_leaf(x: Any) -> bool:
     """Whether `x` is a compressed weight: for `jax.tree.map(..., is_leaf=is_leaf)`."""
     return isinstance(x, Leaf)
+
+
+def packed(params: PyTree) -> dict[str, int]:
+    """`Leaf.packed_sizes` of every leaf in a tree, by the path of the array."""
+    found = {}
+    for path, x in paths(params, is_leaf).items():
+        if is_leaf(x):
+            parts = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+            inside = packed({name: y for name, y in parts.items() if is_leaf(y)})
+            for name, n in (x.packed_sizes | inside).items():
+                found[f"{path}/{name}".lstrip("/")] = n  # a leaf alone has no path
+    return found
 
 
 def dense(tree: PyTree) -> PyTree:

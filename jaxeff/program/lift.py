@@ -33,6 +33,10 @@ class Lifted(Rewritten):
             return self.fn(params, *args, **kwargs)
         return Call(self.fn, params, args, kwargs).run(Lifting())
 
+    def settings(self) -> dict[str, Any]:
+        """None are needed."""
+        return {}
+
 
 def lift(fn: Callable) -> Callable:
     """Makes `fn(params, *args)` accept compressed weights among its parameters.

@@ -127,6 +127,15 @@ class Resized(Rewritten):
 
     plan: Plan
 
+    def settings(self) -> dict[str, Any]:
+        """The plan."""
+        return {"plan": self.plan.to_json()}
+
+    @classmethod
+    def restored(cls, fn: Callable, settings: Mapping[str, Any]) -> "Resized":
+        """`fn` by a plan that was stored."""
+        return cls(fn, Plan.from_json(settings["plan"]))
+
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         """`fn` on the small weights."""
         full = jax.tree_util.tree_map_with_path(self._full, params)

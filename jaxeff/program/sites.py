@@ -77,6 +77,8 @@ def follow(
         view = _VIEWS.get(eqn.primitive.name)
         if view is not None and given[0] is not None:
             env.update(dict.fromkeys(eqn.outvars, view(eqn, given[0])))
+        if eqn.primitive.name in ("stack", "concatenate"):
+            env.update(dict.fromkeys(eqn.outvars, _joined(eqn, given)))
         if eqn.primitive.name == "optimization_barrier":  # each passes through
             env.update(zip(eqn.outvars, given, strict=True))
         for body in bodies(eqn, here):
@@ -113,6 +115,24 @@ def _same(eqn: JaxprEqn, o: Origin) -> Origin:
     return o
 
 
+def _bits(eqn: JaxprEqn, o: Origin) -> Origin | None:
+    """Integers shifted by a number, or their bits as integers of the same width."""
+    numbers = all(isinstance(v, Literal) for v in eqn.invars[1:])
+    same = eqn.outvars[0].aval.shape == eqn.invars[0].aval.shape
+    return o if numbers and same else None
+
+
+def _joined(eqn: JaxprEqn, given: Sequence[Origin | None]) -> Origin | None:
+    """Pieces of one weight of integers put together: how packed ones are unpacked."""
+    first, dtype = given[0], eqn.outvars[0].aval.dtype
+    if first is None or any(o != first for o in given) or dtype.kind not in "iu":
+        return None
+    if eqn.primitive.name == "concatenate":
+        return first
+    axis = eqn.params["axis"]
+    return Origin(first.path, (*first.dims[:axis], (), *first.dims[axis:]))
+
+
 def _transpose(eqn: JaxprEqn, o: Origin) -> Origin:
     return Origin(o.path, tuple(o.dims[d] for d in eqn.params["permutation"]))
 
@@ -146,6 +166,11 @@ _VIEWS: dict[str, Callable[[JaxprEqn, Origin], Origin | None]] = {
     "stop_gradient": _same,
     "reduce_precision": _same,
     "rev": _same,
+    "bitcast_convert_type": _bits,
+    "shift_left": _bits,
+    "shift_right_arithmetic": _bits,
+    "shift_right_logical": _bits,
+    "and": _bits,
     "slice": _same,
     "split": _same,
     "dynamic_slice": _same,

@@ -1,15 +1,17 @@
 """A traced function, ready to be looked at: its sites, couplings and costs."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 from jax.extend.core import ClosedJaxpr
+
+from jaxeff import tree
 
 from .call import Call
 from .costs import Costs, count
 from .couplings import Couplings, find_couplings
+from .leaf import packed
 from .sites import find_scales, find_sites, Site
 from .table import table
 
@@ -22,10 +24,12 @@ class Program:
         weights: for each of its inputs the path of the weight it is, or None.
         shapes: the shape and dtype of each weight by path; those of each array of a
             leaf.
+        packed: by path, how many numbers an array holds that has several in one.
     """
 
-    def __init__(self, call: Call):
+    def __init__(self, call: Call, packed: Mapping[str, int] | None = None):
         self.call = call
+        self.packed = packed or {}
         self.jaxpr: ClosedJaxpr = call.jaxpr
         self.weights = call.weights
         self.shapes = {
@@ -57,6 +61,8 @@ class Program:
     def __str__(self) -> str:
         """A table of the weights: shape, what they cost, and how they couple."""
         rows = []
+        sizes = {path: a.size for path, a in self.shapes.items()}
+        sizes.update(self.packed)
         for path, aval in self.shapes.items():
             cost = self.costs.weights.get(path)
             dims = map(self.couplings.describe, self.couplings.dims[path])
@@ -64,8 +70,8 @@ class Program:
                 (
                     path,
                     f"({', '.join(dims)})",
-                    np.dtype(aval.dtype).name,
-                    f"{aval.size:,}",
+                    tree.dtype_name(aval.dtype),
+                    f"{sizes[path]:,}",
                     "" if cost is None else f"{cost.flops:,}",
                     "" if cost is None else f"{cost.bytes:,}",
                 )
@@ -75,7 +81,7 @@ class Program:
                 "total",
                 "",
                 "",
-                f"{sum(a.size for a in self.shapes.values()):,}",
+                f"{sum(sizes.values()):,}",
                 f"{self.costs.flops:,}",
                 f"{self.costs.bytes:,}",
             )
@@ -108,4 +114,4 @@ def trace(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Program:
         params: its weights, a pytree.
         args, kwargs: the rest; what is not an array is a constant of the trace.
     """
-    return Program(Call(fn, params, args, kwargs, open_leaves=True))
+    return Program(Call(fn, params, args, kwargs, open_leaves=True), packed(params))

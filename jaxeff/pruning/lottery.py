@@ -20,8 +20,8 @@ from jaxeff import tree
 from .distributions import Distribution, uniform
 from .masks import apply_masks, check, choose_masks, cover, like, Rule
 from .patterns import Pattern, Unstructured
-from .schedules import check_steps, final_sparsity
-from .transforms import covered, Schedules
+from .schedules import check_schedules, check_steps, final_sparsity, Schedules
+from .transforms import covered
 
 
 class Ticket(NamedTuple):
@@ -80,6 +80,7 @@ def lottery_tickets(
             a mask drops and that are not zero.
     """
     check_steps("rounds", rounds, least=1)
+    check_schedules(schedule)
     pattern = pattern or Unstructured()
     rules = cover(params, schedule, only)
     check(rules, params, pattern, final_sparsity)

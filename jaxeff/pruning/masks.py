@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
 from jaxeff import tree
+from jaxeff.program import is_leaf
 
 from .distributions import Distribution, uniform, Units
 from .patterns import Pattern, Unstructured
@@ -57,11 +58,14 @@ def cover(params: PyTree, value: Any, only: tree.Patterns | None) -> list[Rule]:
         only: patterns of the weights, where there is one value. By default every
             floating-point array of two dims or more.
 
+    The arrays of a compressed weight are never covered: a zero among the scales of a
+    quantized one would be a whole channel.
+
     Raises:
         ValueError: a pattern matches no weight, a rule is left without any, or there
             are both a mapping and `only`.
     """
-    names = tree.paths(params)
+    names, inside = tree.paths(params), leaf_arrays(params)
     if not isinstance(value, Mapping):
         matrices = [n for n, p in names.items() if jnp.ndim(p) >= 2]
         chosen = {None: matrices if only is None else tree.match(only, names)}
@@ -75,8 +79,14 @@ def cover(params: PyTree, value: Any, only: tree.Patterns | None) -> list[Rule]:
         chosen = {p: [n for n in by_path if by_path[n] == p] for p in value}
     rules = []
     for pattern, found in chosen.items():
-        paths = [n for n in found if _can_prune(names[n])]
+        paths = [n for n in found if n not in inside and _can_prune(names[n])]
         if not paths:
+            if any(n in inside and _can_prune(names[n]) for n in found):
+                raise ValueError(
+                    f"nothing to prune: the arrays {', '.join(sorted(inside)[:3])}"
+                    f"{' ...' * (len(inside) > 3)} are parts of compressed weights, "
+                    "which take no masks. Prune before compressing."
+                )
             shapes = ", ".join(f"{n}{list(jnp.shape(p))}" for n, p in names.items())
             asked = only if pattern is None else pattern
             raise ValueError(
@@ -88,8 +98,18 @@ def cover(params: PyTree, value: Any, only: tree.Patterns | None) -> list[Rule]:
     return rules
 
 
+def leaf_arrays(params: PyTree) -> set[str]:
+    """The paths of the arrays that compressed weights are made of."""
+    return {
+        f"{path}/{part}".lstrip("/")  # a leaf alone has no path
+        for path, x in tree.paths(params, is_leaf).items()
+        if is_leaf(x)
+        for part in tree.paths(x)
+    }
+
+
 def _can_prune(p: Any) -> bool:
-    return jnp.issubdtype(p.dtype, jnp.inexact) and p.size > 0
+    return tree.is_array(p) and jnp.issubdtype(p.dtype, jnp.inexact) and p.size > 0
 
 
 def check(rules: list[Rule], params: PyTree, pattern: Pattern, end: Any) -> None:

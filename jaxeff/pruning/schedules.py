@@ -4,13 +4,15 @@ A schedule maps a step, which may be traced, to a sparsity. It rises in stairs: 
 weight can only recover from a loss of its neighbours between two rises.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
+Schedules = Schedule | Mapping[str, Schedule]
 
 
 def one_shot(sparsity: float | int, at_step: int = 0) -> Schedule:
@@ -116,6 +118,18 @@ def final_sparsity(schedule: Schedule) -> float:
     """What a schedule ends at, known while tracing: its value at step 2**30."""
     with jax.ensure_compile_time_eval():
         return float(schedule(jnp.int32(2**30)))
+
+
+def check_schedules(schedules: Any) -> None:
+    """Refuses what is neither a schedule nor several by pattern."""
+    given = schedules.values() if isinstance(schedules, Mapping) else [schedules]
+    for schedule in given:
+        if not callable(schedule):
+            raise ValueError(
+                "a schedule is a function from the step to a sparsity, got "
+                f"{schedule!r}. `one_shot({schedule!r})` is that fraction at once, "
+                "`polynomial` and `periodic` get there little by little."
+            )
 
 
 def check_sparsity(name: str, sparsity: float | int) -> None:

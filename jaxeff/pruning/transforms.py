@@ -23,6 +23,7 @@ from .masks import (
     check,
     choose_masks,
     cover,
+    leaf_arrays,
     like,
     masked_updates,
     PruneState,
@@ -30,9 +31,7 @@ from .masks import (
     zeroed,
 )
 from .patterns import Pattern, Unstructured
-from .schedules import check_steps, final_sparsity, Schedule
-
-Schedules = Schedule | Mapping[str, Schedule]
+from .schedules import check_schedules, check_steps, final_sparsity, Schedules
 
 
 def prune(
@@ -76,6 +75,8 @@ def prune(
     """
     by, pattern = by or by_magnitude(), pattern or Unstructured()
     inner = optax.with_extra_args_support(inner)
+
+    check_schedules(schedule)
 
     def init(params):
         rules = cover(params, schedule, only)
@@ -221,6 +222,11 @@ def fix_masks(masks: PyTree) -> optax.GradientTransformationExtraArgs:
             raise ValueError(
                 "a mask has the path and the shape of its weight, but params have no "
                 f"{', '.join(wrong) or 'mask at all'}. Make it with `make_masks`."
+            )
+        if parts := sorted(leaf_arrays(params).intersection(given)):
+            raise ValueError(
+                f"compressed weights take no masks, but {', '.join(parts[:3])} are "
+                "parts of such. Prune before compressing."
             )
         copies = {n: jnp.array(m, bool) for n, m in given.items()}
         kept = sum(jnp.sum(m, dtype=jnp.float32) for m in copies.values())

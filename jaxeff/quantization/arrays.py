@@ -55,6 +55,11 @@ class QArray(Leaf):
         return jnp.dtype(self.dtype_name)
 
     @property
+    def packed_sizes(self) -> dict[str, int]:
+        """Two 4-bit values lie in a byte."""
+        return {} if self.packed is None else {"values": self.size}
+
+    @property
     def format(self) -> str:
         """What is stored and how it multiplies, `int4` or `w8a8`: for tables."""
         return Linear(self.bits, activations=self.activations).name

@@ -21,7 +21,14 @@ from .arrays import QArray, quantize_array
 from .formats import int8, Linear
 from .products import LONGEST_SUM
 
-Formats = Mapping[str, Linear | None]
+Formats = Linear | Mapping[str, Linear | None]
+
+
+ALREADY = "it is quantized already"
+_AGAIN = (
+    "To store them in another format quantize the weights they were made of, all "
+    "formats in one call."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,20 +59,32 @@ def quantize(
         params: its weights. Those that are factored already have their factors
             quantized; those that are quantized stay. May be shapes.
         args: example inputs, arrays or shapes.
-        formats: pattern -> format; of several patterns that match a weight the
+        formats: one format for every weight of two dims or more, by default `int8`;
+            or pattern -> format, where of several patterns that match a weight the
             first counts, and None leaves it as it is. Weights that no product,
-            convolution or look-up uses (biases, norms) stay. By default every
-            weight of two dims or more is `int8`.
+            convolution or look-up uses (biases, norms) stay.
 
     Returns:
         `lift(fn)`, which multiplies by the integers, and the new weights.
 
     Raises:
         ValueError: a pattern matches no weight, or none that can be quantized; a
-            format does not fit a weight.
+            format is none, or does not fit a weight.
     """
+    check_formats(formats)
     choices = choose(fn, params, args, formats)
     return lift(fn), apply(params, choices)
+
+
+def check_formats(formats: Any) -> None:
+    """Refuses what is no format, and what is no dict of formats."""
+    given = formats.values() if isinstance(formats, Mapping) else [formats]
+    for f in given:
+        if f is not None and not isinstance(f, Linear):
+            raise ValueError(
+                f"a format is `quantization.int8`, `int4`, `w8a8` or another `Linear`, "
+                f"got {f!r}. Pass one for all weights, or a dict from patterns to them."
+            )
 
 
 def apply(params: PyTree, choices: list[Choice]) -> PyTree:
@@ -96,16 +115,13 @@ def choose(
     for site in trace(lift(fn), params, *args).sites:
         uses.get(site.path, []).append(site)
     reasons = {p: _why_not(x, uses[p]) for p, x in arrays.items()}
-    if formats is None:
+    if formats is None or isinstance(formats, Linear):
+        fmt = formats or int8
         asked: dict[str, Linear | None] = {
-            p: int8 for p, x in arrays.items() if not reasons[p] and x.ndim > 1
+            p: fmt for p, x in arrays.items() if not reasons[p] and x.ndim > 1
         }
         if not asked:
-            raise ValueError(
-                f"none of the {len(arrays)} weights has two dims or more and is "
-                f"multiplied or looked up ({_some(reasons)}): there is nothing to "
-                "quantize."
-            )
+            raise ValueError(_nothing_to_quantize(reasons))
     else:
         asked = _asked(formats, weights, reasons)
     return [
@@ -132,14 +148,16 @@ def _weights(params: PyTree, arrays: Mapping[str, Any]) -> dict[str, str]:
 
 def _why_not(x: Any, uses: list[Site]) -> str:
     if _is_quantized(x):
-        return "it is quantized already"
+        return ALREADY
     if not tree.is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
         return f"it is no floating-point array ({getattr(x, 'dtype', type(x))})"
     return "" if uses else "no product, convolution or look-up uses it"
 
 
 def _asked(
-    formats: Formats, weights: Mapping[str, str], reasons: Mapping[str, str]
+    formats: Mapping[str, Linear | None],
+    weights: Mapping[str, str],
+    reasons: Mapping[str, str],
 ) -> dict[str, Linear | None]:
     """The format of each array by the first pattern that matches it."""
     asked: dict[str, Linear | None] = {}
@@ -148,14 +166,28 @@ def _asked(
         found = set(tree.match(pattern, names))
         arrays = [p for p, w in weights.items() if p in found or w in found]
         if fmt is not None and all(reasons[p] for p in arrays):
+            again = any(reasons[p] == ALREADY for p in arrays)
+            way_out = _AGAIN if again else "Choose a pattern of kernels or embeddings."
             raise ValueError(
                 f"pattern {pattern!r} matches {len(arrays)} weights, but none can be "
-                f"quantized: {_some({p: reasons[p] for p in arrays})}. Choose a "
-                "pattern of kernels or embeddings that are not quantized yet."
+                f"quantized: {_some({p: reasons[p] for p in arrays})}. {way_out}"
             )
         for p in arrays:
             asked.setdefault(p, fmt)
     return asked
+
+
+def _nothing_to_quantize(reasons: Mapping[str, str]) -> str:
+    already = sum(why == ALREADY for why in reasons.values())
+    if already:
+        return (
+            f"{already} of the {len(reasons)} arrays are quantized already, and no "
+            f"other one of two dims or more is multiplied or looked up. {_AGAIN}"
+        )
+    return (
+        f"none of the {len(reasons)} weights has two dims or more and is multiplied or "
+        f"looked up ({_some(reasons)}): there is nothing to quantize."
+    )
 
 
 def _some(reasons: Mapping[str, str]) -> str:

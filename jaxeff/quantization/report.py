@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxeff import tree
 from jaxeff.program import lift, lift_report, notes, relative_error, table
 
 from .arrays import QArray
-from .quantize import apply, choose, Formats
+from .quantize import apply, check_formats, choose, Formats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +85,7 @@ def report(
     Raises:
         ValueError: as `quantize` does.
     """
+    check_formats(formats)
     choices = choose(fn, params, args, formats)
     new = apply(params, choices)
     is_quantized = lambda x: isinstance(x, QArray)
@@ -100,7 +100,7 @@ def report(
     for c, w, q in zip(choices, before, after, strict=True):
         if not tree.is_array(w) and not is_quantized(w):
             continue
-        name = q.format if is_quantized(q) else jnp.dtype(q.dtype).name
+        name = q.format if is_quantized(q) else tree.dtype_name(q.dtype)
         rows.append(
             Row(
                 path=c.path,

@@ -12,11 +12,14 @@ import difflib
 import io
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import tyro
+
+from .extras import advice, extra_of
 
 Config = TypeVar("Config")
 
@@ -35,7 +38,8 @@ def main(
     """Parses the command line and calls `run(config)`.
 
     Prints one line and exits with status 2 where an option is unknown or malformed,
-    and where `run` raises a `ValueError` or an `OSError`.
+    where `run` raises a `ValueError` or an `OSError`, and where it needs a package
+    of an extra that is not installed.
 
     Args:
         run: the program.
@@ -52,6 +56,11 @@ def main(
         # Whoever read the output has left, as `head` does; there is no one to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except ImportError as error:
+        # A package that jaxeff can do without; any other is a fault of ours.
+        if error.name is None or extra_of(error.name) is None:
+            raise
+        _stop(f"this needs the package {error.name}. {advice(error.name)}")
     except (ValueError, OSError) as error:
         if os.environ.get("JAXEFF_TRACEBACK"):
             raise
@@ -120,6 +129,39 @@ def _stop(message: str) -> None:
     """The message as one line on stderr, then the end."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(BAD_INPUT)
+
+
+def check_same_options(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    folder: Path,
+    may_change: Collection[str] = (),
+) -> None:
+    """Refuses to go on with a run by other options than it began with.
+
+    Args:
+        before, now: options by the names of their fields, as JSON gives them back.
+        folder: of the run.
+        may_change: names of those that may differ.
+
+    Raises:
+        ValueError: some differ; says which.
+    """
+    differ = [
+        f"{option_name(name)} {before[name]}, and now it is {now[name]}"
+        for name in before
+        if name in now and name not in may_change and before[name] != now[name]
+    ]
+    if differ:
+        raise ValueError(
+            f"a run goes on with the options it began with, but the one in {folder} "
+            f"has {'; '.join(differ)}. Give the same again, or name another --output."
+        )
+
+
+def option_name(field: str) -> str:
+    """A field of a config as it is written on the command line."""
+    return "--" + field.replace("_", "-")
 
 
 def join_processes(environment: Mapping[str, str] | None = None) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from .extras import require
+
 
 class Metrics:
     """Writes the metrics of one run; only process 0 does.
@@ -32,7 +34,7 @@ class Metrics:
             tensorboard: write events too; needs the package tensorboardX.
 
         Raises:
-            ValueError: events asked for and tensorboardX missing.
+            ValueError: events asked for and tensorboardX missing; see `check_events`.
         """
         self._file = self._events = None
         if jax.process_index() != 0:
@@ -90,12 +92,17 @@ def _truncate(path: Path, step: int) -> None:
     os.replace(new, path)
 
 
+def check_events() -> None:
+    """Refuses TensorBoard events where tensorboardX is missing.
+
+    Raises:
+        ValueError: it is; says how to install it.
+    """
+    require("tensorboardX", "TensorBoard events")
+
+
 def _summary_writer() -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ValueError(
-            "TensorBoard events need the package tensorboardX, which is not installed: "
-            "pip install 'jaxeff[tensorboard]', or leave events out."
-        ) from error
+    check_events()
+    from tensorboardX import SummaryWriter
+
     return SummaryWriter

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from jaxeff.program import describe, rebuild
+from jaxeff.program import describe, is_original, rebuild
 
 from .checkpoint import load_meta, load_params, save_params
 
@@ -25,6 +25,10 @@ def save_model(
 ) -> None:
     """Saves a model, dense or compressed in whatever way.
 
+    Of the function only what was done to it is stored (shrunk, lifted, in mixed
+    precision ...), so it has to be the one that the techniques returned; `jax.jit`
+    and a `functools.partial` of keywords alone may be around it, a lambda may not.
+
     Args:
         folder: to be made.
         fn: the function that a technique returned, or the model's own.
@@ -33,7 +37,8 @@ def save_model(
         overwrite: replace a checkpoint that is there.
 
     Raises:
-        ValueError: there is something at `folder` already.
+        ValueError: there is something at `folder` already; or `fn` hides how it was
+            rewritten, see `jaxeff.program.describe`.
     """
     about = {"compression": describe(fn, params), "user": dict(meta or {})}
     save_params(folder, params, about, overwrite=overwrite)
@@ -51,7 +56,8 @@ def load_model(
             (`jax.eval_shape(model.init, key, x)`).
 
     Raises:
-        ValueError: no checkpoint there, a damaged one, or one of another model.
+        ValueError: no checkpoint there, a damaged one, or one of another model; or
+            a leaf of a class outside of jaxeff whose module was not imported.
     """
     about = load_meta(folder)
     if "compression" not in about:
@@ -59,6 +65,17 @@ def load_model(
             f"{folder} holds parameters alone, not a model: read it with load_params, "
             "or save it with save_model."
         )
-    fn, shapes = rebuild(about["compression"], fn, params)
-    params, _ = load_params(folder, shapes)
+    compression = about["compression"]
+    fn, shapes = rebuild(compression, fn, params)
+    try:
+        params, _ = load_params(folder, shapes)
+    except ValueError as error:
+        if not is_original(compression):
+            raise
+        raise ValueError(
+            f"{error} It was saved with a function to which nothing was done; if its "
+            "parameters are those of a compressed one, that function was not passed to "
+            "save_model: save again with the one that the technique returned, or pass "
+            "load_model that function and the compressed parameters' shapes."
+        ) from None
     return fn, params, about["user"]

@@ -35,6 +35,8 @@ def test_every_place_has_a_source_and_a_plausible_intensity():
 def test_an_unknown_place_lists_its_near_misses():
     with pytest.raises(ValueError, match="FRA"):
         intensity("Frankreich")
+    with pytest.raises(ValueError, match="places. Give a country by its name or ISO"):
+        intensity("Atlantis")
     with pytest.raises(ValueError, match="gcp/us-west1"):
         intensity("us-west-1")
 

@@ -1,3 +1,5 @@
+import inspect
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -226,3 +228,10 @@ def test_a_student_with_batch_norm_learns_from_a_teacher_without_labels(getkey):
     hard, _ = classification_loss(train_fn)(variables, batch, jr.key(0))
     mixed, _ = alone(variables, (batch, teacher_params), jr.key(0))
     assert jnp.allclose(hard, mixed)
+
+
+@pytest.mark.parametrize("teacher", [(2, 4), (2, 1), (3,)])
+def test_logits_of_different_classes_are_one_clear_line(teacher):
+    loss = inspect.unwrap(distill_loss)
+    with pytest.raises(ValueError, match="same question.*Choose models"):
+        loss(jnp.ones((2, 3)), jnp.ones(teacher), temperature=2)

@@ -6,6 +6,7 @@ import pytest
 from jaxeff import tree
 from jaxeff.lowrank import energy, Factored, factorize
 from jaxeff.program import dense, is_leaf, lift_report, trace
+from jaxeff.quantization import quantize
 from tests.zoo import ZOO
 
 CASES = {c.name: c for c in ZOO}
@@ -215,3 +216,17 @@ def test_what_is_compressed_already_is_no_match(normal):
     fn, low = factorize(matmul, params, x, ranks={"w": 4})
     with pytest.raises(ValueError, match="w: it is compressed already"):
         factorize(fn, low, x, ranks={"w": 2})
+
+
+def test_one_rank_is_for_every_weight(normal):
+    fn = lambda p, x: (x @ p["a"]) @ p["b"]
+    params, x = {"a": normal(8, 8), "b": normal(8, 8)}, normal(2, 8)
+    _, low = factorize(fn, params, x, ranks=0.25)
+    assert low["a"].rank == low["b"].rank == 2
+
+
+def test_a_quantized_weight_is_factored_before_it_is_quantized(normal):
+    fn = lambda p, x: (x @ p["a"]) @ p["b"]
+    params, x = {"a": normal(8, 8), "b": normal(8, 8)}, normal(2, 8)
+    with pytest.raises(ValueError, match="already.*Factorize before quantizing"):
+        factorize(*quantize(fn, params, x), x, ranks=0.25)

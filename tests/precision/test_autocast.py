@@ -305,3 +305,19 @@ def test_a_function_without_a_product_to_cast_is_refused():
 def test_another_dtype_is_refused(dtype):
     with pytest.raises(ValueError, match="bfloat16 or float16"):
         autocast(lambda w, x: x @ w, dtype)
+
+
+def test_a_quantized_model_in_bfloat16_has_its_products_in_bfloat16_already(normal):
+    fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
+    low = lambda *shape: normal(*shape).astype(jnp.bfloat16)
+    params, x = {"a": low(8, 8), "b": low(8, 4)}, low(2, 8)
+    fn, params = quantize(fn, params, x)
+    assert jnp.array_equal(autocast(fn)(params, x), fn(params, x))
+    with pytest.raises(ValueError, match="found these products: 2 in bfloat16"):
+        autocast(fn, jnp.float16)(params, x)
+
+
+@pytest.mark.parametrize("given", [{"dtype": "bf16"}, {"outputs": "half a float"}])
+def test_what_is_no_dtype_is_one_clear_line(given):
+    with pytest.raises(ValueError, match=f"no dtype.*{next(iter(given.values()))}"):
+        autocast(lambda p: p, **given)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from jaxeff import lift, models, trace
+from jaxeff.lowrank import factorize
 from jaxeff.program import dense
 from jaxeff.program.source import source_line
+from jaxeff.quantization import int4, quantize
 from tests.program.built import build, zoo
 from tests.program.leaves import compress
 
@@ -122,3 +124,32 @@ def test_a_line_is_the_users_also_inside_library_functions():
     jaxpr = jax.make_jaxpr(model)(X)
     lines = {source_line(eqn) for eqn in jaxpr.jaxpr.eqns}
     assert lines == {f"test_trace.py:{start + n} (model)" for n in (1, 2)}
+
+
+def test_a_typed_key_among_the_weights_can_be_printed():
+    params = {"w": jnp.ones((20, 3)), "k": jax.random.key(0)}
+    program = trace(lambda p, x: x @ p["w"], params, jnp.ones((2, 20)))
+    assert "key<fry>" in str(program)
+
+
+@pytest.mark.parametrize("factor", [False, True])
+def test_packed_weights_count_as_numbers_and_have_their_flops(factor):
+    def fn(p, x):
+        x = jax.lax.conv_general_dilated(
+            x, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.mean(x, (1, 2)) @ p["dense"]
+
+    params, x = {"conv": jnp.ones((3, 3, 4, 16)), "dense": jnp.ones((16, 9))}, None
+    x, dense = jnp.ones((2, 5, 5, 4)), params
+    if factor:
+        fn, params = factorize(fn, params, x, ranks={"conv": 3, "dense": 2})
+    before = trace(fn, params, x)
+    formats = {"{conv,dense}": int4} if not factor else {"**": int4}
+    program = trace(*quantize(fn, params, x, formats=formats), x)
+    rows = {line.split()[0]: line.split() for line in str(program).splitlines()}
+    for path in before.shapes:
+        stored = f"{path}/values"
+        assert rows[stored][-3] == f"{before.shapes[path].size:,}"
+        assert program.costs.weights[stored].flops == before.costs.weights[path].flops
+    assert dense["conv"].ndim == 4

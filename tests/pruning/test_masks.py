@@ -1,4 +1,5 @@
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,21 @@ from hypothesis import given, strategies as st
 
 from jaxeff.pruning import (
     apply_masks,
+    by_saliency,
+    fix_masks,
     keep_largest,
     make_masks,
+    masked,
     one_shot,
     polynomial,
+    prune,
     prune_by_magnitude,
     PruneState,
+    rigl,
+    straight_through,
+    uniform,
 )
+from jaxeff.quantization import int8, quantize
 from jaxeff.training import Aux, Checkpoints, init_state, make_train_step
 from jaxeff.tree import combine, partition
 
@@ -256,3 +265,49 @@ def test_masks_of_a_tree_are_those_of_its_leaves_and_never_bring_back(getkey):
         make_masks(scores, 1)
     with pytest.raises(ValueError, match="nothing to prune.*left for 'n'"):
         make_masks({"n": jnp.arange(3)}, {"n": 0.5})
+
+
+def quantized_example(key):
+    params = example(key)
+    fn = lambda p, x: x @ p["kernel"]
+    return quantize(fn, params, jnp.ones((2, 6)), formats={"kernel": int8})[1]
+
+
+def test_the_arrays_of_a_compressed_weight_are_never_pruned(getkey):
+    params, sparse = quantized_example(getkey()), one_shot(0.5)
+    grads = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
+    none = optax.sgd(0.1)
+    ways = [
+        prune_by_magnitude(sparse),
+        prune_by_magnitude(sparse, only="**"),
+        prune_by_magnitude({"**": sparse}),
+        prune(none, sparse, by_saliency()),
+        straight_through(none, sparse),
+        rigl(none, 0.5, every=1, until=9, distribution=uniform),
+    ]
+    for tx in ways:
+        state = tx.init(params)
+        kernel = state.mask["kernel"]
+        assert kernel.values is None and kernel.scale is None
+        new, state = step(tx, params, state, grads)
+        assert jnp.array_equal(new["kernel"].scale, params["kernel"].scale)
+        assert jnp.mean(masked(new, state)["deep"]["kernel"] == 0) == 0.5
+
+
+def test_asking_for_the_arrays_of_a_compressed_weight_is_an_error(getkey):
+    params = quantized_example(getkey())
+    for only in ("kernel/scale", "kernel/*"):
+        tx = prune_by_magnitude(one_shot(0.5), only=only)
+        with pytest.raises(ValueError, match="kernel/scale.*Prune before compressing"):
+            tx.init(params)
+    with pytest.raises(ValueError, match="Prune before compressing"):
+        make_masks({"kernel": params["kernel"]}, 0.5)
+    scale = {"kernel": {"scale": jnp.zeros((1, 5), bool)}}
+    with pytest.raises(ValueError, match="kernel/scale are parts of"):
+        fix_masks(scale).init(params)
+
+
+@pytest.mark.parametrize("given", [0.5, {"**": 0.5}])
+def test_a_number_in_place_of_a_schedule_says_how_to_make_one(given):
+    with pytest.raises(ValueError, match=r"got 0.5. `one_shot\(0.5\)` is that"):
+        inspect.unwrap(prune)(optax.sgd(0.1), given)

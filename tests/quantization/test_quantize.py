@@ -1,3 +1,5 @@
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -206,3 +208,32 @@ def test_what_is_quantized_already_is_no_match(normal):
     assert isinstance(q["w"], QArray)
     with pytest.raises(ValueError, match="w: it is quantized already"):
         quantize(fn, q, x, formats={"w": int4})
+
+
+def two(normal):
+    params = {"a": normal(8, 8), "b": normal(8, 4), "c": normal(4)}
+    return lambda p, x: (x @ p["a"]) @ p["b"] @ p["c"], params, normal(2, 8)
+
+
+def test_one_format_is_for_every_weight_of_two_dims(normal):
+    fn, params, x = two(normal)
+    _, q = quantize(fn, params, x, formats=int4)
+    _, named = quantize(fn, params, x, formats={"{a,b}": int4})
+    assert jax.tree.structure(q) == jax.tree.structure(named)
+    assert q["a"].format == "int4"
+
+
+def test_what_is_no_format_is_one_clear_line(normal):
+    fn, params, x = two(normal)
+    for formats in ("int4", {"a": "int4"}, 4):
+        with pytest.raises(ValueError, match="a format is.*got .*4.*Pass one"):
+            inspect.unwrap(quantize)(fn, params, x, formats=formats)
+
+
+@pytest.mark.parametrize("formats", [None, int4, {"**": int4}])
+def test_quantizing_twice_says_that_it_is_done_already(normal, formats):
+    fn, params, x = two(normal)
+    params.pop("c")
+    fn = lambda p, x: (x @ p["a"]) @ p["b"]
+    with pytest.raises(ValueError, match="quantized already.*all formats in one call"):
+        quantize(*quantize(fn, params, x), x, formats=formats)

@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +15,12 @@ def fn(params, x):
 def make(normal):
     shapes = {"up": (8, 12), "bias": (12,), "down": (12, 8)}
     return {k: normal(*s) for k, s in shapes.items()}, normal(5, 8)
+
+
+def test_a_typed_key_among_the_weights_has_a_row():
+    params = {"w": jnp.ones((20, 3)), "k": jax.random.key(0)}
+    rows = report(lambda p, x: x @ p["w"], params, jnp.ones((2, 20))).rows
+    assert {r.path: r.format for r in rows} == {"k": "key<fry>", "w": "int8"}
 
 
 def test_bits_and_errors_are_those_of_what_is_stored(normal):

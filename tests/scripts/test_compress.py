@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ import pytest
 
 from jaxeff.data import digits
 from jaxeff.models import build
-from jaxeff.training import load_model
+from jaxeff.quantization import quantize
+from jaxeff.training import load_model, save_model
 from jaxeff.training.cli import main
-from scripts.compress import Config, run
+from scripts.compress import Config, prepare, run
 
 TINY = (
     *("--model", "mlp", "--epochs", "1", "--finetune-epochs", "1"),
@@ -90,7 +92,8 @@ def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, capsys):
     )
     assert [r["accuracy"] for r in before] == [r["accuracy"] for r in after]
     changed = [*TINY[:-1], "4"]
-    assert "same options" in error_of(capsys, "--output", out, *changed, "--resume")
+    said = error_of(capsys, "--output", out, *changed, "--resume")
+    assert "has --latency-batch 8, and now it is 4" in said
 
 
 @pytest.mark.parametrize(
@@ -107,7 +110,7 @@ def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, capsys):
         (("--data", "cifar10"), "name the folder"),
         (("--data", "cifar10", "--data-dir", "nowhere"), "nowhere"),
         (("--load", "missing.safetensors"), "there is no such file"),
-        (("--place", "atlantis"), "atlantis"),
+        (("--place", "atlantis"), "among 59 places. Give a country by its name"),
         (("--model", "mlpp"), "mlpp"),
         (("--batch-size", "100000"), "batch"),
         (("--kep", "0.5"), "--keep"),
@@ -118,6 +121,32 @@ def test_bad_input_is_one_line_and_leaves_nothing(args, says, tmp_path, capsys):
     out = tmp_path / "out"
     assert says in error_of(capsys, "--output", out, *args)
     assert not out.exists()
+
+
+def test_a_compressed_model_is_not_compressed_again(tmp_path, capsys, getkey):
+    model, x = build("mlp", classes=10), jnp.ones((1, 8, 8, 1))
+    fn, params = quantize(model.apply, model.init(getkey(), x), x)
+    save_model(tmp_path / "int8", fn, params)
+    out = tmp_path / "out"
+    args = ("--output", out, "--model", "mlp", "--load", tmp_path / "int8")
+    assert "--load the dense one" in error_of(capsys, *args)
+    assert not out.exists()
+
+
+def test_a_run_goes_on_by_its_own_options_alone(tmp_path, capsys):
+    prepare(Config(output=tmp_path))
+    args = ("--output", tmp_path, "--resume", "--keep", "0.3", "--epochs", "2")
+    said = error_of(capsys, *args)
+    assert "--keep 0.5, and now it is 0.3" in said and "now it is 2;" in said
+
+
+def test_a_missing_package_is_one_line_with_the_extra(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    args = ("--output", tmp_path / "out", "--load", file, "--data", "cifar10")
+    said = error_of(capsys, *args)
+    assert "needs the package safetensors" in said and "'.[export]'" in said
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):

@@ -229,8 +229,33 @@ def test_a_folder_with_a_run_is_neither_overwritten_nor_mixed_up(tmp_path, capsy
     ]:
         assert words in error_of(capsys, *run, *args)
     assert (saved(out, 4), lines(out), (out / "config.json").read_text()) == before
+    capsys.readouterr()
     train(*run, "--resume", "--steps", 6)
     assert [line["step"] for line in lines(out)] == [4, 4, 6, 6]
+    assert "from step 4 on its learning rate is that of a run of 6 steps" in (
+        capsys.readouterr().out
+    )
+    model = (out / "model").stat().st_mtime_ns
+    train(*run, "--resume", "--steps", 6)
+    assert "nothing to do, its 6 steps are done" in capsys.readouterr().out
+    assert (out / "model").stat().st_mtime_ns == model
+
+
+def test_what_a_missing_package_or_a_small_vocabulary_stops_leaves_nothing(
+    tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    text = ("--data", "text", "--data-dir", write_text(tmp_path / "a.txt"))
+    text += ("--sequence", 16, "--model", "gpt", "--sizes")
+    sizes = ("d_model=16", "n_layers=1", "n_heads=2")
+    small = error_of(capsys, *text, *sizes, "vocab_size=8", "--output", out)
+    assert "this one has 8 and the data 9. Leave vocab_size" in small
+    few = (*TINY[:3], "features=(16,)", "classes=3", "--output", out)
+    assert "this one has 3 and the data 10" in error_of(capsys, *few)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    said = error_of(capsys, *TINY, "--tensorboard", "--output", out)
+    assert "TensorBoard events need" in said and "'.[tensorboard]'" in said
+    assert not out.exists()
 
 
 def test_a_checkpoint_of_another_model_is_named_by_its_arrays(tmp_path, capsys):

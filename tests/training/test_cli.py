@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 
+from jaxeff.training import extras
 from jaxeff.training.cli import join_processes, main, parse
 
 
@@ -132,3 +133,26 @@ def test_half_a_description_of_the_job_is_an_error():
         join_processes(
             {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2"}
         )
+
+
+def test_a_missing_package_of_an_extra_is_one_line_that_says_how_to_get_it(capsys):
+    def run(config):
+        raise ModuleNotFoundError("No module", name="safetensors")
+
+    assert "pip install -e '.[export]'" in error_of(capsys, run)
+
+    def fault(config):
+        raise ModuleNotFoundError("No module", name="jaxeff.gone")
+
+    with pytest.raises(ModuleNotFoundError):
+        main(fault, Config, args=[])
+
+
+def test_what_extra_brings_a_package_is_known_without_the_source(monkeypatch):
+    said = ["jax>=0.10", "safetensors>=0.5; extra == 'export'", 'a; extra == "b"']
+    monkeypatch.setattr(extras, "_checkout", lambda: None)
+    monkeypatch.setattr(extras.importlib.metadata, "requires", lambda _: said)
+    assert extras.extra_of("safetensors") == "export" and extras.extra_of("a") == "b"
+    assert extras.extra_of("jax") is None
+    assert extras.advice("safetensors").endswith("pip install 'jaxeff[export]'")
+    assert extras.advice("torch").endswith("pip install torch")

@@ -68,6 +68,6 @@ def test_tensorboard_asked_for_and_missing_is_an_error_that_writes_nothing(
     tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ValueError, match=r"pip install 'jaxeff\[tensorboard\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[tensorboard\]'"):
         Metrics(tmp_path / "run", tensorboard=True)
     assert not (tmp_path / "run").exists()

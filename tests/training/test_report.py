@@ -195,6 +195,13 @@ def test_a_column_that_nobody_measured_is_left_out(results):
     assert "Energy" not in report_html(results)
 
 
+def test_the_memory_that_a_method_is_given_for_has_a_column(results):
+    for i, r in enumerate(results["rows"]):
+        r["peak_bytes"] = 7_400_000 if i == 0 else 3_700_000
+    assert Page(report_html(results)).text.count("2.0× less") == len(NAMES)
+    assert ">Memory<small>at its peak, batch of 256" in report_html(results)
+
+
 def test_little_is_enough_for_a_page():
     page = Page(report_html({"rows": [{"name": "dense"}]}))
     assert "dense" in page.text and not page.svgs[1:]
@@ -258,6 +265,18 @@ def test_seven_models_all_get_their_labels(results):
     ]
     plot = scatter(drawn, x_title="size", x_unit="B", baseline=97.8)
     assert {label.name for label in plot.labels} == {p.name for p in drawn}
+
+
+@pytest.mark.parametrize("x", [585_000.0, 500_000.0, 2_280_000.0])
+def test_names_keep_off_the_numbers_at_the_axes(x):
+    points = [("dense", 2_280_000.0, 99.2), ("int4", 2_300_000.0, 99.7)]
+    points += [("shrunk", x, 98.6), ("shrunk + distilled", x, 98.6)]
+    plot = scatter([Point(*p) for p in points], x_title="FLOPs", x_unit="FLOP")
+    assert {label.name for label in plot.labels} == {p[0] for p in points}
+    for label in plot.labels:
+        # A tick ends 6 pixels left of the axis; a letter is some 7 wide.
+        assert label.box.x0 - (plot.area.x0 - 6) >= 14
+        assert label.box.y1 <= plot.area.y1
 
 
 def test_models_in_one_place_still_get_all_their_labels():

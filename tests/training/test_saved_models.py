@@ -7,6 +7,7 @@ import pytest
 
 from jaxeff.lowrank import factorize
 from jaxeff.models import CNN, MLP
+from jaxeff.precision import autocast
 from jaxeff.pruning import shrink
 from jaxeff.quantization import int4, int8, quantize
 from jaxeff.training import load_model, save_model, save_params
@@ -33,7 +34,15 @@ def factored_and_int4(fn, params):
     return quantize(fn, params, X, formats={"params/conv_1_*/**": int4})
 
 
-@pytest.mark.parametrize("compress", [shrunk, shrunk_twice_and_int8, factored_and_int4])
+def quantized_in_bfloat16(fn, params):
+    fn, params = quantize(fn, params, X, formats={"params/head/kernel": int8})
+    return autocast(fn), params
+
+
+WAYS = [shrunk, shrunk_twice_and_int8, factored_and_int4, quantized_in_bfloat16]
+
+
+@pytest.mark.parametrize("compress", WAYS)
 def test_a_loaded_model_equals_the_saved_one(compress, tmp_path, getkey):
     fn, params = cnn(getkey())
     small_fn, small = compress(fn, params)
@@ -62,3 +71,18 @@ def test_bare_parameters_are_not_a_model(tmp_path, getkey):
     save_params(tmp_path / "p", params)
     with pytest.raises(ValueError, match="load_params"):
         load_model(tmp_path / "p", fn, params)
+
+
+def test_a_model_whose_compression_was_not_seen_says_so_when_loaded(tmp_path, getkey):
+    fn, params = cnn(getkey())
+    small_fn, small = shrink(fn, params, X)
+    shapes = jax.eval_shape(lambda: params)
+    with pytest.raises(ValueError, match="Save the function that the technique"):
+        save_model(tmp_path / "m", lambda p, x: small_fn(p, x), small)
+    assert not (tmp_path / "m").exists()
+    held = [small_fn]  # where nobody looks
+    save_model(tmp_path / "m", lambda p, x: held[0](p, x), small)
+    with pytest.raises(ValueError, match="was not passed to save_model: save again"):
+        load_model(tmp_path / "m", fn, shapes)
+    _, loaded, _ = load_model(tmp_path / "m", small_fn, small)
+    assert all(map(jnp.array_equal, jax.tree.leaves(loaded), jax.tree.leaves(small)))

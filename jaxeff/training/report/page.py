@@ -38,9 +38,10 @@ def write_report(path: str | os.PathLike[str], results: Results) -> Path:
         results: plain numbers and strings. `rows` (the first is the dense model)
             hold `name` and, where known, `accuracy` in [0, 1], `accuracy_std`,
             `parameters`, `bytes`, `flops` per example, `latency_s` per call with
-            `latency_low`, `latency_high` and `latency_batch`, `energy_j` per
-            example with `energy_low`, `energy_high` and `energy_method`,
-            `grams_co2` per example, `usd_per_million`, `train_seconds`. Besides
+            `latency_low`, `latency_high` and `latency_batch`, `peak_bytes` of memory
+            in a call, `energy_j` per example with `energy_low`, `energy_high` and
+            `energy_method`, `grams_co2` per example, `usd_per_million`,
+            `train_seconds`. Besides
             them `title`, `date`, `device`, `versions`, `data` (`name`, `train`,
             `test`), `layers` (per model a list of `path`, `parameters`, `bytes`,
             `flops`), `methods` and `notes`. What is missing, `None` or NaN shows

@@ -126,7 +126,9 @@ def scatter(
         avoid.append(Box(area.x0, level - 1, area.x1, level + 1))
     at = [(x(p.x), y(p.y)) for p in points]
     names = [p.name for p in points]
-    labels = place_labels(names, at, area, avoid)
+    # Away from the axes, or a name would read as one word with the tick beside it.
+    free = Box(area.x0 + 12, area.y0, area.x1, area.y1 - 4)
+    labels = place_labels(names, at, free, avoid)
     for label in labels:
         if label.lead:
             near = nearest(label.box, label.point)

@@ -14,6 +14,7 @@ COMPARISON = {
     "bytes": ("smaller", "larger"),
     "flops": ("fewer", "more"),
     "latency_s": ("faster", "slower"),
+    "peak_bytes": ("less", "more"),
     "energy_j": ("less", "more"),
     "grams_co2": ("less", "more"),
     "usd_per_million": ("cheaper", "dearer"),
