@@ -229,7 +229,7 @@ def measure_accuracy(
             fit = jax.jit(trainer(model, train, make(0), config.steps))
             found, exact, weights = [], True, 0
             for seed in range(config.seeds):
-                params = model.init(jr.key(seed), train.images[:1])
+                params = model.init(jr.key(seed), jnp.asarray(train.images[:1]))
                 # The seed of a transform is part of the program, but for the first
                 # masks, which `init` draws: so one program serves all seeds.
                 state = jax.jit(make(seed).init)(params)
