@@ -180,6 +180,24 @@ def _concatenate(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
     return [tuple(out)]
 
 
+def _stack(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    out = [unite_all(eqn, dims) for dims in zip(*ins, strict=True)]
+    out.insert(eqn.params["axis"], concat([Dim(1) for _ in ins]))
+    return [tuple(out)]
+
+
+def _unstack(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    axis, x = eqn.params["axis"], ins[0]
+    fix(x[axis], because(eqn, "it is taken apart, index by index"))
+    return [(*x[:axis], *x[axis + 1 :])] * len(eqn.outvars)
+
+
+def _tile(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
+    copies = lambda n: fix(Dim(n), because(eqn, f"it is repeated {n} times"))
+    pairs = zip(eqn.params["reps"], ins[0], strict=True)
+    return [tuple(x if n == 1 else product([copies(n), x]) for n, x in pairs)]
+
+
 def cut_out(d: Dim, start: SupportsInt, stop: SupportsInt) -> tuple[Dim, Dim] | None:
     """The dims before `start` and from there to `stop`; None if they can't be cut."""
     first = cut(d, int(stop))  # a program may hold NumPy integers
@@ -270,7 +288,7 @@ def _fft(mode: Mode, eqn: JaxprEqn, ins: Sequence[Dims]) -> list[Dims]:
 
 _ELEMENTWISE = (flops.ELEMENTWISE | flops.TRANSCENDENTAL) | frozenset(
     "integer_pow convert_element_type copy copy_p stop_gradient reduce_precision "
-    "bitcast_convert_type real imag conj complex name igamma igammac "
+    "bitcast_convert_type real imag conj complex name mulhi igamma igammac "
     "igamma_grad_a polygamma zeta bessel_i0e bessel_i1e random_gamma_grad "
     "regularized_incomplete_beta sharding_constraint".split()
 )
@@ -301,6 +319,9 @@ RULES: dict[str, Rule] = {
     "rev": _rev,
     "top_k": positions.top_k,
     "concatenate": _concatenate,
+    "stack": _stack,
+    "unstack": _unstack,
+    "tile": _tile,
     "slice": _slice,
     "split": _split,
     "pad": _pad,

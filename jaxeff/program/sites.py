@@ -142,6 +142,11 @@ def _squeeze(eqn: JaxprEqn, o: Origin) -> Origin:
     return Origin(o.path, tuple(x for d, x in enumerate(o.dims) if d not in gone))
 
 
+def _unstack(eqn: JaxprEqn, o: Origin) -> Origin:
+    axis = eqn.params["axis"]
+    return Origin(o.path, (*o.dims[:axis], *o.dims[axis + 1 :]))
+
+
 def _broadcast(eqn: JaxprEqn, o: Origin) -> Origin:
     dims: list[tuple[int, ...]] = [()] * len(eqn.params["shape"])
     for d, x in zip(eqn.params["broadcast_dimensions"], o.dims, strict=True):
@@ -176,6 +181,7 @@ _VIEWS: dict[str, Callable[[JaxprEqn, Origin], Origin | None]] = {
     "dynamic_slice": _same,
     "transpose": _transpose,
     "squeeze": _squeeze,
+    "unstack": _unstack,
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,
 }

@@ -254,7 +254,7 @@ ZERO_RULES: dict[str, Callable] = {
         "copy_p stop_gradient reduce_precision name reshape transpose squeeze "
         "slice dynamic_slice rev reduce_max reduce_min reduce_or reduce_xor "
         "reduce_and reduce_prod reduce_window_sum cumsum cumprod cummax cummin fft "
-        "bessel_i1e sharding_constraint select_and_scatter_add "
+        "bessel_i1e tile sharding_constraint select_and_scatter_add "
         "select_and_gather_add".split(),
         _keep,
     ),
@@ -289,6 +289,8 @@ ZERO_RULES: dict[str, Callable] = {
     "ragged_dot_general": _ragged,
     "conv_general_dilated": _conv,
     "concatenate": _joined,
+    "stack": _joined,
+    "unstack": _each_part,
     "pad": _pad,
     "dynamic_update_slice": _updated,
     "split": _each_part,

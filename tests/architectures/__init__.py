@@ -62,6 +62,15 @@ _TWO_PASS = "a sum over it sees entries that are not zero"
 
 LINEN = [
     Architecture(
+        _linen("resnet20", lambda: models.ResNet(20, 4, 5), image(8)),
+        free=(
+            ("params/conv1/kernel", 3, 4),
+            ("params/stage2_block0/conv2/kernel", 3, 2),
+            ("params/stage3_block2/conv1/kernel", 3, 16),
+        ),
+        slow=True,
+    ),
+    Architecture(
         _linen("resnet56", lambda: models.ResNet(56, 4, 5), image(8)),
         free=(
             ("params/stage1_block0/conv1/kernel", 3, 4),
@@ -199,6 +208,14 @@ LINEN = [
             ("params/Conv_1/kernel", 3, 16),
         ),
         slow=True,
+    ),
+    Architecture(
+        _linen("yolo_c2f", linen_images.C2f, image(8)),
+        free=(
+            ("params/Conv_1/kernel", 3, 8),
+            ("params/Conv_2/kernel", 3, 8),
+            ("params/Conv_7/kernel", 2, 12),
+        ),
     ),
     Architecture(
         _linen("shufflenet_v2", linen_images.ShuffleNetV2, image(8)),

@@ -48,6 +48,33 @@ class DenseNet(nn.Module):
         return nn.Dense(5)(_norm(x).mean((1, 2)))
 
 
+class C2f(nn.Module):
+    """The block of YOLOv8: chunks, bottlenecks of the last one, all side by side.
+
+    Around it a convolution and pools of growing reach (its SPPF).
+    """
+
+    channels: int = 8
+
+    @nn.compact
+    def __call__(self, x):
+        conv = lambda n, k, x: jax.nn.silu(
+            nn.BatchNorm(use_running_average=True)(
+                nn.Conv(n, (k, k), use_bias=False)(x)
+            )
+        )
+        x = conv(2 * self.channels, 3, x)
+        parts = jnp.split(conv(2 * self.channels, 1, x), 2, axis=-1)
+        for _ in range(2):
+            y = conv(self.channels, 3, conv(self.channels, 3, parts[-1]))
+            parts.append(parts[-1] + y)
+        x = conv(12, 1, jnp.concatenate(parts, axis=-1))
+        pools = [x]
+        for _ in range(2):
+            pools.append(nn.max_pool(pools[-1], (5, 5), padding="SAME"))
+        return nn.Conv(5, (1, 1))(jnp.concatenate(pools, axis=-1))
+
+
 def _shuffle(x):
     b, h, w, c = x.shape
     return x.reshape(b, h, w, 2, c // 2).swapaxes(3, 4).reshape(b, h, w, c)

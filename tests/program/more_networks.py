@@ -184,6 +184,31 @@ def other_convolutions(net, x, i, j):
 
 
 @operation
+def side_by_side(net, x, i, j):
+    """Stacked, taken apart, tiled."""
+    b, s, d = x.shape
+    y = net.older(i, x.shape)
+    y = jnp.tanh(x) if y is None else y
+    axis = 1 + i % 3
+    kinds = [
+        lambda: jnp.stack([x, y], axis).sum(axis),
+        lambda: jnp.stack([x, y], 3).reshape(b, s, 2 * d),
+        lambda: jnp.stack([x, y], 2).reshape(b, s, 2 * d),
+        lambda: sum(jnp.unstack(jnp.cos(jnp.stack([x, y], axis)), axis=axis)),
+        lambda: jnp.multiply(
+            *jnp.unstack(jnp.einsum("bsd,dck->bsck", x, net.weight(d, 2, 3)), axis=2)
+        ),
+        lambda: jnp.stack(jnp.unstack(x, axis=1)[::-1], 1),
+        lambda: jnp.tile(x, (1, 1, 2)),
+        lambda: jnp.tile(x, (1, 2, 1)) if s < 6 else None,
+        lambda: jnp.tile(x[..., :1], (1, 1, d)) + x,
+        lambda: x * jnp.tile(y, (1, 2, 1)).sum((1, 2))[:, None, None],
+        lambda: jnp.stack(jnp.unstack(x, axis=2)[::-1], 2),
+    ]
+    return kinds[j % len(kinds)]()
+
+
+@operation
 def resized(net, x, i, j):
     b, s, d = x.shape
     method = ("nearest", "bilinear", "cubic")[i % 3]

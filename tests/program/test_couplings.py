@@ -372,6 +372,18 @@ FREE = {
     ),
     "resized over positions": lambda x, p: jax.image.resize(x, (2, 8, 8), "bilinear"),
     "nearest over positions": lambda x, p: jax.image.resize(x, (2, 8, 8), "nearest"),
+    "side by side, then apart": lambda x, p: sum(
+        jnp.unstack(jnp.stack([x, jnp.tanh(x)], axis=1) * 2, axis=1)
+    ),
+    "side by side, then sum": lambda x, p: (
+        x * jnp.stack([x, jnp.tanh(x)], axis=-1).sum((-2, -1))[..., None]
+    ),
+    "repeated side by side": lambda x, p: (
+        jnp.tile(x, (1, 1, 3)) @ jnp.tile(p["c"], (3, 1)) @ p["c"].T
+    ),
+    "repeated over positions, then sum": lambda x, p: (
+        x * jnp.tile(x, (1, 2, 1)).sum((1, 2))[:, None, None]
+    ),
     "special functions": lambda x, p: jax.scipy.special.gammainc(
         1 + x * x, jnp.abs(jax.scipy.special.i0e(x))
     ),
@@ -591,6 +603,26 @@ def test_every_other_channel_is_one_half_of_each_pair():
     want = fn(zero_indices(weights, couplings, keep), x)
     assert distance(small_fn(small, x), want) < 1e-5
     assert small["both"].shape[1] == 2 * small["down"].shape[0] < 16
+
+
+def test_a_kernel_of_three_is_taken_apart():
+    """Query, key and value along a dim of their own: their channels are free."""
+
+    def fn(p, x):
+        q, k, v = jnp.unstack(jnp.einsum("bsd,dci->bsci", x, p["qkv"]), axis=2)
+        scores = jax.nn.softmax(q @ k.swapaxes(1, 2), axis=-1)
+        return scores @ v @ p["out"]
+
+    params = {"qkv": shape(5, 3, 8), "out": shape(8, 5)}
+    assert members(fn, params, X) == {
+        frozenset({("qkv", 0)}): (5, False),
+        frozenset({("qkv", 1)}): (3, False),
+        frozenset({("qkv", 2), ("out", 0)}): (8, True),
+        frozenset({("out", 1)}): (5, False),
+    }
+    (frozen,) = (c for c in trace(fn, params, X).couplings if c.size == 3)
+    assert frozen.reason is not None
+    assert frozen.reason.startswith("it is taken apart, index by index at test_coup")
 
 
 def test_depthwise_channels_and_their_multiples_are_two_couplings():
