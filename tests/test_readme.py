@@ -6,6 +6,8 @@ import re
 import tomllib
 from pathlib import Path
 
+from jaxeff.training.cli import option_name
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -56,5 +58,5 @@ def test_every_option_of_a_script_in_the_readme_exists():
     assert any(calls), "README.md shows no script"
     for call in filter(None, calls):
         config = importlib.import_module(f"scripts.{call[1]}").Config
-        known = {f.name.replace("_", "-") for f in dataclasses.fields(config)} | {"help"}
-        assert set(re.findall(r"--([a-z-]+)", call[2])) <= known, call[0]
+        known = {option_name(f.name) for f in dataclasses.fields(config)} | {"--help"}
+        assert set(re.findall(r"--[a-z-]+", call[2])) <= known, call[0]
