@@ -1,7 +1,12 @@
 """What the README says can be run: its Python, in order, and its make targets."""
 
+import dataclasses
+import importlib
 import re
+import tomllib
 from pathlib import Path
+
+from jaxeff.training.cli import option_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,3 +43,20 @@ def test_every_file_the_readme_links_to_exists():
     links = re.findall(r"\]\(([^)#:\s]+)\)", (ROOT / "README.md").read_text())
     missing = [link for link in links if not (ROOT / link).exists()]
     assert not missing, f"README.md links to {missing}"
+
+
+def test_every_extra_of_the_readme_exists():
+    text = (ROOT / "README.md").read_text()
+    named = {e for m in re.findall(r"'\.\[([\w,]+)\]'", text) for e in m.split(",")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "export" in named and named <= set(project["optional-dependencies"])
+
+
+def test_every_option_of_a_script_in_the_readme_exists():
+    lines = "\n".join(text for _, text in blocks("sh")).splitlines()
+    calls = [re.match(r".*scripts/(\w+)\.py(.*)", line) for line in lines]
+    assert any(calls), "README.md shows no script"
+    for call in filter(None, calls):
+        config = importlib.import_module(f"scripts.{call[1]}").Config
+        known = {option_name(f.name) for f in dataclasses.fields(config)} | {"--help"}
+        assert set(re.findall(r"--[a-z-]+", call[2])) <= known, call[0]

@@ -110,6 +110,7 @@ def response_loss(
         batch, teacher_params = batch_and_teacher
         answer = forward(params, batch, key)
         teacher = teacher_fn(teacher_params, *answer.inputs)
+        _check_same(teacher.shape, answer.logits.shape)
         soft = distill_loss(answer.logits, teacher, temperature=temperature)
         return weight * jnp.mean(soft) + (1 - weight) * answer.loss, answer.aux
 
