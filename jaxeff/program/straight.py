@@ -1,8 +1,8 @@
 """A program as one straight line of steps, so that it can stop anywhere.
 
-Calls are inlined and scans unrolled where somebody wants to stop inside; every
-other equation stays whole. A run can then pause before any step, look at what has
-been computed so far, change a weight, and go on.
+Plain calls are inlined, others too where somebody wants to stop inside, and scans
+unrolled there; every other equation stays whole. A run can then pause before any
+step, look at what has been computed so far, change a weight, and go on.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,9 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 from .lift import Lifting
 from .walk import bodies, scan_counts, Where
+
+# Calls without a rule of their own: opened always, as a weight may be cut in one.
+_PLAIN_CALLS = ("jit", "closed_call", "remat2", "checkpoint")
 
 
 class Step(NamedTuple):
@@ -76,7 +79,8 @@ class Straight:
             here = (*where, i)
             held = bodies(eqn, here)
             kind = held[0].kind if held else ""
-            if kind in ("call", "scan") and self._opened(here):
+            opens = eqn.primitive.name in _PLAIN_CALLS or self._opened(here)
+            if kind in ("call", "scan") and opens:
                 given = [read(v) for v in eqn.invars]
                 if kind == "call":
                     outs = self._run(held[0].jaxpr, given, held[0].where)

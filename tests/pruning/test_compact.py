@@ -22,6 +22,7 @@ RNG = np.random.default_rng(0)
 draw = lambda *shape: jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
+@pytest.mark.slow
 @some("linen_llama_scan", "plain_cnn")
 @pytest.mark.parametrize("sparsity", [0.75, "2:4"])
 def test_a_pruned_model_is_smaller_and_computes_the_same(case, sparsity):
