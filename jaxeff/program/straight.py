@@ -15,7 +15,6 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 from .lift import Lifting
 from .walk import bodies, scan_counts, Where
 
-
 # Calls without a rule of their own: opened always, as a weight may be cut in one.
 _PLAIN_CALLS = ("jit", "closed_call", "remat2", "checkpoint")
 
