@@ -54,7 +54,9 @@ def network(steps: Sequence[Step], shapes: dict | None = None) -> Callable:
             nonlocal count
             name = f"w{count}"
             # Now and then the same weight again.
-            same = [n for n in params if params[n].shape == shape and int(n[1:]) < count]
+            same = [
+                n for n in params if params[n].shape == shape and int(n[1:]) < count
+            ]
             if same and count % 5 == 4:
                 return params[same[0]]
             count += 1
