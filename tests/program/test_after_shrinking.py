@@ -131,7 +131,7 @@ def test_a_shrunk_model_can_be_exported(name):
     assert distance(exported.call(leaves, *m.args), m.result) < 1e-5
 
 
-@SOME
+@some("equinox_gru", slow=("linen_vit", "linen_shufflenet_v2", "nnx_llama"))
 def test_a_shrunk_model_runs_sharded_over_all_devices(name):
     m = model(name)
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
