@@ -178,8 +178,14 @@ def test_a_finished_run_is_not_overwritten(finished, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_the_dense_model_of_another(finished, tmp_path):
+def test_a_run_starts_from_the_dense_model_of_another_and_shrinks_in_rounds(
+    finished, tmp_path
+):
     out = tmp_path / "run"
-    compress("--output", out, *TINY, "--load", finished / "models" / "dense")
-    first = lambda folder: json.loads((folder / "results.json").read_text())["rows"][0]
-    assert first(out)["accuracy"] == first(finished)["accuracy"]
+    dense = finished / "models" / "dense"
+    compress("--output", out, *TINY, "--load", dense, "--rounds", "2")
+    rows = lambda folder: json.loads((folder / "results.json").read_text())["rows"]
+    assert rows(out)[0]["accuracy"] == rows(finished)[0]["accuracy"]
+    # Two rounds leave as many channels as one.
+    assert rows(out)[1]["parameters"] == rows(finished)[1]["parameters"]
+    assert (out / "steps" / "shrunk-round-2").is_dir()
