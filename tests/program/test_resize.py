@@ -240,7 +240,7 @@ BAD_PLANS = {
         "no coupling 'c9' among 3. Nearest: c2, c1, c0",
     ),
     "frozen": ({"c0": np.arange(5) < 2}, "c0 is frozen: it is a dim of the inputs"),
-    "of another length": ({"c1": np.ones(4, bool)}, r"it needs shape \(8,\)"),
+    "of another length": ({"c1": np.ones(4, bool)}, r"it needs \(8,\)"),
 }
 
 

@@ -11,7 +11,7 @@ from jaxeff import lift, trace
 from jaxeff.program import dense, describe, keep, lift_report, rebuild, relative_error
 from jaxeff.pruning import bitmask_array, block_array, nm_array
 from jaxeff.pruning.bits import pack_bits, unpack_bits
-from jaxeff.pruning.select import drop_n_of_m, Pattern
+from jaxeff.pruning.lowest import drop_n_of_m, Pattern
 from jaxeff.tree import combine, partition, tree_bytes
 from tests.program.shrinking import distance
 

@@ -163,8 +163,10 @@ def test_batches_that_end_early_are_an_error():
 
 
 def test_a_finished_run_leaves_no_thread_of_its_prefetch():
+    before = set(threading.enumerate())
     fit(STEP, start(), prefetch(numbers()), steps=3, progress=False)
-    assert not [t for t in threading.enumerate() if t.name == "prefetch"]
+    new = set(threading.enumerate()) - before
+    assert not [t for t in new if t.name == "prefetch"]
 
 
 def test_evaluation_sees_the_weights_of_its_step():
