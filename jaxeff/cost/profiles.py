@@ -251,4 +251,4 @@ def comparison_table(
 
 
 def _ratio(value: float | int | None, first: float | int | None) -> str:
-    return f"x {value / first:.3g}" if value is not None and first else ""
+    return f"×{value / first:.2g}" if value is not None and first else ""

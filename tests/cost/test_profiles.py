@@ -107,7 +107,7 @@ def test_the_table_shows_units_and_ratios_to_the_first_row(getkey):
     Console(file=stream, width=140).print(table)
     text = stream.getvalue()
     assert "dense" in text and "half" in text
-    assert "36.9 kB" in text and "18.4 kB" in text and "x 0.5" in text
+    assert "36.9 kB" in text and "18.4 kB" in text and "×0.5" in text
     assert "stated 10 W" in text and "median of 5 calls" in text
     assert table.row_count == 2
     assert text.index("accuracy") < text.index("size") < text.index("price")
