@@ -199,7 +199,7 @@ def test_the_memory_that_a_method_is_given_for_has_a_column(results):
     for i, r in enumerate(results["rows"]):
         r["peak_bytes"] = 7_400_000 if i == 0 else 3_700_000
     assert Page(report_html(results)).text.count("2.0× less") == len(NAMES)
-    assert ">Memory<small>at its peak, batch of 256" in report_html(results)
+    assert ">Peak memory<small>batch of 256" in report_html(results)
 
 
 def test_little_is_enough_for_a_page():

@@ -10,7 +10,7 @@ PAGE_CSS = """
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui,
   -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 28px 16px 56px; }
+main { max-width: 1260px; margin: 0 auto; padding: 28px 16px 56px; }
 header p { margin: 0; }
 .eyebrow { color: var(--soft); font-size: 14px; overflow-wrap: anywhere; }
 .eyebrow span { display: inline-block; max-width: 100%; }
@@ -39,7 +39,7 @@ h3 { font-size: 15px; margin: 0 0 10px; }
 .scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
 table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 14px;
   font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 10px 12px; vertical-align: top;
+th, td { text-align: right; padding: 10px 9px; vertical-align: top;
   white-space: nowrap; border-top: 1px solid var(--rule); }
 thead th { border-top: 0; color: var(--soft); font-weight: 500; font-size: 13px;
   line-height: 1.3; vertical-align: bottom; }
@@ -70,6 +70,6 @@ dl.methods dd { margin: 0; color: var(--soft); overflow-wrap: anywhere; }
   th, td { padding: 9px 10px; }
   tbody th { width: 118px; min-width: 118px; max-width: 118px; }
   .tile .big { font-size: 17px; white-space: nowrap; } }
-@media (max-width: 1080px) { .narrow { display: inline; } }
+@media (max-width: 1200px) { .narrow { display: inline; } }
 @media print { body { background: #fff; } .scroll { overflow: visible; } }
 """

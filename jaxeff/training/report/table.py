@@ -68,7 +68,7 @@ def table(rows: Sequence[Row]) -> str:
         ("Size", ""),
         ("FLOPs", "per prediction"),
         ("Latency", batch),
-        ("Memory", f"at its peak, {batch}"),
+        ("Peak memory", batch),
         ("Energy", "per prediction"),
         ("CO₂e", "per million"),
         ("Price", "per million"),
