@@ -51,3 +51,8 @@ from .timing import (
     latency as latency,
     measure_latency as measure_latency,
 )
+from .tuning import (
+    Timed as Timed,
+    tune_convolutions as tune_convolutions,
+    Tuned as Tuned,
+)

@@ -16,6 +16,8 @@ import jax
 from jaxeff.cost import processor
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+# What changes how fast the same program runs.
+ENVIRONMENT = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "GLIBC_TUNABLES")
 
 
 def about() -> dict[str, Any]:
@@ -30,6 +32,7 @@ def about() -> dict[str, Any]:
         "processor": processor().name or platform.machine(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
+        "environment": {k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
         "versions": {name: _version(name) for name in PACKAGES},
     }
 

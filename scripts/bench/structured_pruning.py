@@ -1,6 +1,10 @@
 """Which score and which scope keep a trained ResNet-20 best at half of its FLOPs?
 
+    export JAX_NUM_CPU_DEVICES=2 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
     python scripts/bench/structured_pruning.py --data-dir DIR --load FILE
+
+(On a CPU of two cores the first line makes training 1.7 times as fast: a device for
+each core, and memory in large pages.)
 
 Shrinks the model to the budget by every score, within each coupling and over all of
 them, measures it on the 10,000 test images of CIFAR-10, fine-tunes it (shifts and
@@ -22,6 +26,7 @@ import optax
 
 from jaxeff import data, models, pruning
 from jaxeff.distillation import response_loss, taught
+from jaxeff.parallelism import batch_sharding, make_mesh, replicate
 from jaxeff.program import trace
 from jaxeff.pruning import Score, Selection
 from jaxeff.training import (
@@ -55,7 +60,9 @@ class Config:
     """Only these scores; all by default."""
     scopes: tuple[str, ...] = ("local", "global")
     """Rank within each coupling, or over all of them."""
-    epochs: float = 5
+    multiple: int = 4
+    """Channels stay in multiples of this; others train half as fast on a CPU."""
+    epochs: float = 2
     """Passes over the 20,000 training images after shrinking; 0 does not train."""
     batch_size: int = 128
     """Images per step."""
@@ -142,7 +149,7 @@ def shrink(c: Config, m: Model, score: str, scope: str, seed: int) -> Selection:
         score=scorer,
         scope=scope,
         normalize=normalize,
-        floor=2,
+        multiple=c.multiple,
         budget=pruning.flops(c.budget),
     )
 
@@ -159,10 +166,15 @@ def finetune(c: Config, m: Model, chosen: Selection, seed: int) -> Any:
     tx = optax.adamw(rate, weight_decay=1e-3)
     student = classifier(chosen.resize(m.train_fn), augment=data.augmentation(m.train))
     loss = response_loss(student, m.fn, temperature=c.temperature)
-    step = taught(make_train_step(loss, tx, trainable="params/**"), m.params)
+    mesh = make_mesh()
+    step = make_train_step(loss, tx, trainable="params/**")
     state = init_state(params, tx, jr.key(seed), trainable="params/**")
-    batches = data.batches(m.train, c.batch_size, seed=seed)
-    return fit(step, state, data.prefetch(batches), steps=steps).params
+    batches = data.prefetch(
+        data.batches(m.train, c.batch_size, seed=seed),
+        batch_sharding(mesh, c.batch_size),
+    )
+    taught_step = taught(step, replicate(m.params, mesh))
+    return fit(taught_step, replicate(state, mesh), batches, steps=steps).params
 
 
 def measure(c: Config, m: Model, score: str, scope: str, seed: int) -> dict[str, Any]:
@@ -194,6 +206,7 @@ def run(c: Config) -> None:
     m = read(c)
     options = {
         "budget": c.budget,
+        "multiple": c.multiple,
         "batch_size": c.batch_size,
         "learning_rate": c.learning_rate,
         "temperature": c.temperature,
