@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from jaxeff import tree
 from jaxeff.program import calibrate, Candidate, change_parts, find_uses, gram, squares
 
-from .lowest import drop_anywhere, drop_by_row, parse_sparsity, Pattern, Sparsity
+from .lowest import drop_anywhere, drop_by_row, NM, parse_sparsity, Sparsity
 from .sparsegpt import prune_matrix
 
 
@@ -195,7 +195,7 @@ def _reason(c: Candidate, sparsity: Sparsity, named: set[str] | None) -> str:
         return "rows of it are looked up too, of which no statistic tells"
     if named is not None and c.path not in named:
         return "no pattern matches it"
-    if isinstance(sparsity, Pattern):
+    if isinstance(sparsity, NM):
         odd = [part.cols for part in c.parts if part.cols % sparsity.m]
         if odd:
             return f"its {odd[0]} inputs are no multiple of {sparsity.m}"
@@ -210,7 +210,7 @@ def _chosen(
     only: tree.Patterns | None,
 ) -> list[str]:
     """The paths to prune."""
-    amount = f"{sparsity.n}:{sparsity.m}" if isinstance(sparsity, Pattern) else sparsity
+    amount = f"{sparsity.n}:{sparsity.m}" if isinstance(sparsity, NM) else sparsity
     reasons = prunable(fn, params, *args, sparsity=amount, only=only)
     patterns = ["**"] if only is None else [only] if isinstance(only, str) else only
     for pattern in patterns:

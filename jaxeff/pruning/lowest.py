@@ -10,15 +10,17 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .ranking import order_keys, smallest
 
-class Pattern(NamedTuple):
+
+class NM(NamedTuple):
     """`n` of each `m` neighbouring inputs of an output stay: "2:4"."""
 
     n: int
     m: int
 
 
-Sparsity = float | Pattern
+Sparsity = float | NM
 
 
 def parse_sparsity(sparsity: float | int | str) -> Sparsity:
@@ -36,7 +38,7 @@ def parse_sparsity(sparsity: float | int | str) -> Sparsity:
                 f"a pattern N:M keeps N of each M inputs, 1 <= N <= M <= 128, got "
                 f"{sparsity!r}: write '2:4'."
             )
-        return Pattern(n, m)
+        return NM(n, m)
     if not 0 <= sparsity < 1:
         raise ValueError(
             f"sparsity is the fraction that goes, in [0, 1), got {sparsity}: 0.5 drops "
@@ -47,12 +49,11 @@ def parse_sparsity(sparsity: float | int | str) -> Sparsity:
 
 def lowest(score: Float[Array, "*batch n"], count: int | Array) -> Bool[Array, "..."]:
     """True at the `count` lowest of each row; among equals at the first."""
-    order = jnp.argsort(score, axis=-1, stable=True)
-    return jnp.argsort(order, axis=-1) < count
+    return smallest([order_keys(score)], [jnp.asarray(count)], ((score.ndim - 1,),))[0]
 
 
 def drop_n_of_m(
-    score: Float[Array, "*batch cols"], pattern: Pattern
+    score: Float[Array, "*batch cols"], pattern: NM
 ) -> Bool[Array, "*batch cols"]:
     """True at the m - n lowest of each m neighbours."""
     groups = score.reshape(*score.shape[:-1], -1, pattern.m)
@@ -63,7 +64,7 @@ def drop_by_row(
     score: Float[Array, "*batch rows cols"], sparsity: Sparsity
 ) -> Bool[Array, "*batch rows cols"]:
     """True at the lowest int(cols * sparsity) of each row, or by pattern."""
-    if isinstance(sparsity, Pattern):
+    if isinstance(sparsity, NM):
         return drop_n_of_m(score, sparsity)
     return lowest(score, int(score.shape[-1] * sparsity))
 
@@ -72,7 +73,7 @@ def drop_anywhere(
     score: Float[Array, "groups rows cols"], sparsity: Sparsity
 ) -> Bool[Array, "groups rows cols"]:
     """True at the lowest int(size * sparsity) of all, or by pattern."""
-    if isinstance(sparsity, Pattern):
+    if isinstance(sparsity, NM):
         return drop_n_of_m(score, sparsity)
     count = int(math.prod(score.shape) * sparsity)
     return lowest(score.reshape(-1), count).reshape(score.shape)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .lowest import drop_n_of_m, lowest, Pattern, Sparsity
+from .lowest import drop_n_of_m, lowest, NM, Sparsity
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -68,7 +68,7 @@ def prune_matrix(
     """
     rows, cols = w.shape
     block = min(block, cols)
-    if isinstance(sparsity, Pattern):
+    if isinstance(sparsity, NM):
         block = max(sparsity.m, block // sparsity.m * sparsity.m)
     n_blocks = -(-cols // block)
     padded = n_blocks * block
@@ -88,7 +88,7 @@ def prune_matrix(
         part = jax.lax.dynamic_slice(w, (0, start), (rows, block))
         inner = jax.lax.dynamic_slice(u, (start, start), (block, block))
         near = jax.lax.dynamic_slice(scale, (start,), (block,))
-        if isinstance(sparsity, Pattern):
+        if isinstance(sparsity, NM):
             drop, pattern = jnp.zeros(part.shape, bool), sparsity
         else:
             score = (part / near[None]) ** 2
@@ -110,7 +110,7 @@ def _block(
     u: Float[Array, "block block"],
     scale: Float[Array, " block"],
     drop: Bool[Array, "rows block"],
-    pattern: Pattern | None,
+    pattern: NM | None,
 ) -> tuple[Float[Array, "rows block"], Float[Array, "rows block"]]:
     """One block without what is dropped, and the errors to spread beyond it."""
     diagonal = jnp.diagonal(u)
@@ -142,7 +142,7 @@ def _block(
 def _shares(rows: int, cols: int, block: int, sparsity: Sparsity) -> list[int]:
     """How many weights go from each block of columns."""
     ends = [min(end, cols) for end in range(0, cols + block, block)]
-    if isinstance(sparsity, Pattern):
+    if isinstance(sparsity, NM):
         return [0] * (len(ends) - 1)
     total = int(rows * cols * sparsity)
     done = [total * end // cols for end in ends]

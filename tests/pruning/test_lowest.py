@@ -9,8 +9,8 @@ from jaxeff.pruning.lowest import (
     drop_anywhere,
     drop_by_row,
     lowest,
+    NM,
     parse_sparsity,
-    Pattern,
 )
 
 
@@ -37,12 +37,12 @@ def test_shares_are_exact(sparsity, rows, cols):
 @pytest.mark.parametrize("drop", [drop_by_row, drop_anywhere])
 @pytest.mark.parametrize("n, m", [(2, 4), (1, 4), (3, 8), (4, 4)])
 def test_n_of_each_m_stay(drop, n, m, normal):
-    gone = np.asarray(drop(normal(2, 3, 16), Pattern(n, m)))
+    gone = np.asarray(drop(normal(2, 3, 16), NM(n, m)))
     assert (gone.reshape(2, 3, -1, m).sum(-1) == m - n).all()
 
 
 def test_a_pattern_is_read_from_its_name():
-    assert parse_sparsity("2:4") == Pattern(2, 4)
+    assert parse_sparsity("2:4") == NM(2, 4)
     assert parse_sparsity(0.5) == 0.5
 
 

@@ -2,7 +2,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import optax
 import pytest
@@ -25,7 +24,6 @@ from jaxeff.pruning import (
     Unstructured,
 )
 from jaxeff.pruning.rewire import renewed
-from jaxeff.training import Aux, Checkpoints, init_state, make_train_step
 from tests.pruning.sparse import at, close, COVERED, example, OPTIMIZERS, SHAPES, step
 
 
@@ -251,33 +249,6 @@ def test_parts_of_a_model_have_transforms_of_their_own(getkey):
         assert dropped(params["deep"]["kernel"]) == 36
         params = masked(jax.tree.map(jnp.ones_like, params), state)
     assert dropped(params["kernel"]) == 96
-
-
-def test_a_run_goes_on_bit_for_bit_from_a_checkpoint(tmp_path, getkey):
-    def loss(params, x, key):
-        return jnp.mean(jnp.square(x @ params["kernel"] + params["bias"])), Aux()
-
-    params = {"kernel": jr.normal(getkey(), (6, 5)), "bias": jnp.ones((1, 5))}
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        rigl(optax.adam(1e-2), 0.5, every=2, until=20, only="kernel"),
-    )
-    train, data = make_train_step(loss, tx), jr.normal(getkey(), (8, 4, 6))
-    state = init_state(params, tx, jr.key(0))
-    for x in data[:4]:
-        state, _ = train(state, x)
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        checkpoints.save(state)
-        again = checkpoints.restore(jax.eval_shape(lambda: state))
-    for x in data[4:]:
-        state, _ = train(state, x)
-        again, _ = train(again, x)
-    assert jnp.array_equal(state.params["kernel"], again.params["kernel"])
-    same = zip(
-        jax.tree.leaves(state.opt_state), jax.tree.leaves(again.opt_state), strict=True
-    )
-    assert all(np.array_equal(a, b) for a, b in same)
-    assert jnp.sum(again.params["kernel"] == 0) >= 15
 
 
 def test_entries_of_a_weight_are_told_by_the_longest_end_of_their_path():

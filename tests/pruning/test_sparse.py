@@ -11,7 +11,7 @@ from jaxeff import lift, trace
 from jaxeff.program import dense, describe, keep, lift_report, rebuild, relative_error
 from jaxeff.pruning import bitmask_array, block_array, nm_array
 from jaxeff.pruning.bits import pack_bits, unpack_bits
-from jaxeff.pruning.lowest import drop_n_of_m, Pattern
+from jaxeff.pruning.lowest import drop_n_of_m, NM
 from jaxeff.tree import combine, partition, tree_bytes
 from tests.program.shrinking import distance
 
@@ -25,7 +25,7 @@ def array(*shape, dtype=jnp.float32):
 def nm(shape, n=2, m=4, axis=-1, dtype=jnp.float32):
     """A dense weight with n of m along a dim, and its leaf."""
     w = jnp.moveaxis(array(*shape, dtype=dtype), axis, -1)
-    w = jnp.where(drop_n_of_m(jnp.abs(w), Pattern(n, m)), 0, w)
+    w = jnp.where(drop_n_of_m(jnp.abs(w), NM(n, m)), 0, w)
     w = jnp.moveaxis(w, -1, axis)
     return w, nm_array(w, n, m, axis)
 

@@ -27,7 +27,7 @@ from jaxeff.pruning import (
     straight_through,
     Unstructured,
 )
-from jaxeff.training import Aux, Checkpoints, init_state, make_train_step
+from jaxeff.training import Aux, init_state, make_train_step
 from tests.pruning.sparse import at, close, COVERED, example, OPTIMIZERS, step
 
 
@@ -278,32 +278,6 @@ def test_fixed_masks_hold_whatever_the_optimizer_does(getkey):
             fix_masks(wrong).init(params)
     with pytest.raises(ValueError, match="no mask at all"):
         fix_masks({"kernel": None}).init(params)
-
-
-def test_a_run_with_memory_goes_on_bit_for_bit_from_a_checkpoint(tmp_path, getkey):
-    def loss(params, x, key):
-        return jnp.mean(jnp.square(x @ params["kernel"] + params["bias"])), Aux()
-
-    params = {"kernel": jr.normal(getkey(), (6, 5)), "bias": jnp.ones((1, 5))}
-    schedule = {"kernel": polynomial(0.1, 0.7, begin=0, steps=6, every=3)}
-    tx = prune(optax.adam(1e-2), schedule, by_saliency(0.9))
-    train, data = make_train_step(loss, tx), jr.normal(getkey(), (8, 4, 6))
-    state = init_state(params, tx, jr.key(0))
-    for x in data[:4]:
-        state, _ = train(state, x)
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        checkpoints.save(state)
-        again = checkpoints.restore(jax.eval_shape(lambda: state))
-    for x in data[4:]:
-        state, _ = train(state, x)
-        again, _ = train(again, x)
-    assert jax.tree.structure(state) == jax.tree.structure(again)
-    same = zip(
-        jax.tree.leaves(state.opt_state), jax.tree.leaves(again.opt_state), strict=True
-    )
-    assert all(np.array_equal(a, b) for a, b in same)
-    assert jnp.array_equal(state.params["kernel"], again.params["kernel"])
-    assert jnp.sum(again.params["kernel"] == 0) == 21
 
 
 def test_what_cannot_be_pruned_is_refused(getkey):
