@@ -52,6 +52,13 @@ def getkey(request):
     return getkey
 
 
+@pytest.fixture(autouse=True)
+def same_numbers(request):
+    """The numbers that a module's `RNG` draws don't hang on which tests ran before."""
+    if hasattr(request.module, "RNG"):
+        request.module.RNG = np.random.default_rng(0)
+
+
 @pytest.fixture(scope="session")
 def data_dir():
     """`data_dir(name)` is the folder of a real data set; without it the test skips."""

@@ -94,7 +94,8 @@ def measure(c: Config, case: Case) -> dict[str, Any]:
     model = build(case.model, **case.options)
     key = jr.key(0)
     if case.tokens:
-        x = jr.randint(key, (c.batch_size, case.tokens), 0, 1000)
+        size = (c.batch_size, case.tokens)
+        x = jr.randint(key, size, 0, case.options["vocab_size"])
     else:
         x = jr.normal(key, (c.batch_size, *case.image))
     params = jax.jit(model.init)(key, x)

@@ -12,8 +12,8 @@ from tests.program.built import build, some
 from tests.program.leaves import compress, Scaled
 from tests.program.shrinking import distance
 
-rng = np.random.default_rng(0)
-draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+RNG = np.random.default_rng(0)
+draw = lambda *shape: RNG.normal(size=shape).astype(np.float32)
 X = draw(4, 6)
 PARAMS = {"a": draw(6, 5), "b": draw(5, 6)}
 
