@@ -60,6 +60,9 @@ class Config:
     """Only these scores; all by default."""
     scopes: tuple[str, ...] = ("local", "global")
     """Rank within each coupling, or over all of them."""
+    only: str = "**"
+    """Shrink only couplings whose weights all match: `params/stage*/**` is inside of
+    residual blocks."""
     multiple: int = 4
     """Channels stay in multiples of this; others train half as fast on a CPU."""
     epochs: float = 2
@@ -146,6 +149,7 @@ def shrink(c: Config, m: Model, score: str, scope: str, seed: int) -> Selection:
         m.fn,
         m.params,
         jnp.asarray(m.train.images[:1]),
+        keep={c.only: 0.0},
         score=scorer,
         scope=scope,
         normalize=normalize,
@@ -190,6 +194,7 @@ def measure(c: Config, m: Model, score: str, scope: str, seed: int) -> dict[str,
     return {
         "score": score,
         "scope": scope,
+        "only": c.only,
         "seed": seed,
         "epochs": c.epochs,
         "flops": cost(fn, params) / cost(m.fn, m.params),
@@ -218,12 +223,14 @@ def run(c: Config) -> None:
             f"{options}. Name another --output."
         )
     rows = found["rows"]
-    done = {(r["score"], r["scope"], r["seed"], r["epochs"]) for r in rows}
+    done = {
+        tuple(r[k] for k in ("score", "scope", "only", "epochs", "seed")) for r in rows
+    }
     dense = accuracy(m.fn, m.params, m.test, 500)
     for seed in range(c.seeds):
         for score in c.scores or SCORES:
             for scope in c.scopes:
-                if (score, scope, seed, c.epochs) in done:
+                if (score, scope, c.only, c.epochs, seed) in done:
                     continue
                 print(f"{score}, {scope}, seed {seed}", flush=True)
                 rows.append(measure(c, m, score, scope, seed))
@@ -235,15 +242,16 @@ def run(c: Config) -> None:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each score, scope and length of training: means over the seeds."""
+    """A line for each kind of row: means over the seeds."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for r in rows:
-        groups.setdefault((r["score"], r["scope"], r["epochs"]), []).append(r)
+        kind = r["score"], r["scope"], r["only"], r["epochs"]
+        groups.setdefault(kind, []).append(r)
     mean = lambda name, same: statistics.mean(r[name] for r in same)
     lines = []
-    for (score, scope, epochs), same in groups.items():
+    for (score, scope, only, epochs), same in groups.items():
         lines.append(
-            f"{score:17} {scope:7} {epochs:4g} epochs  {len(same)} seeds  "
+            f"{score:17} {scope:7} {only:18} {epochs:4g} epochs  {len(same)} seeds  "
             f"FLOPs {mean('flops', same):.1%}  before {mean('before', same):7.2%}  "
             f"after {mean('after', same):7.2%}"
         )
