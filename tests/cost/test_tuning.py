@@ -35,7 +35,7 @@ def loop(params, x):
 
 
 LOOP = {
-    "loop": jr.normal(jr.key(0), (4, 3, 3, 3, 3)),
+    "loop": jr.normal(jr.key(0), (4, 3, 3, 3, 3)) / 3,  # or tanh is at its ends
     "out": jr.normal(jr.key(1), (3, 3, 3, 5)),
 }
 
@@ -69,11 +69,10 @@ def kernels(fn, *args):
     return [(s[d[1]], s[d[0]]) for s, d in zip(shapes, dims, strict=True)]
 
 
-def assert_same(a, b):
-    """Equal to the rounding of float32."""
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), a, b
-    )
+def assert_same(got, want):
+    """Equal to the rounding of float32, of the largest entry."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
