@@ -8,8 +8,9 @@ convolutions tuned. Prints by how much FLOPs and time fall. Exits 1 where a shru
 does not compute what the dense one with zeros computes, or where it is less than 0.75
 times as much faster as it has fewer FLOPs, each of the two at its fastest.
 
-The variable before the command gives large arrays large pages, which Linux fills much
-faster; the logits of this BERT are 125 MB, and otherwise half of their time goes there.
+The variable before the command gives large arrays large pages, which Linux fills
+faster; the logits of this BERT are 125 MB. The same without it is in
+`benchmarks/shrink_speed_small_pages.json`.
 """
 
 import dataclasses
@@ -105,11 +106,13 @@ def measure(c: Config, case: Case) -> dict[str, Any]:
     want, got = dense(chosen.zeroed(params), x), shrunk(small, x)
     same = _same(got, want)
     functions = {"dense": (dense, params), "small": (shrunk, small)}
+    measured = {}
     if case.tune:
         for name, (f, p) in list(functions.items()):
             tuned = tune_convolutions(f, p, x)
             functions[f"{name}, tuned"] = jax.jit(tuned), p
             same = same and _same(functions[f"{name}, tuned"][0](p, x), f(p, x))
+            measured[name] = [dataclasses.asdict(m) for m in tuned.measured]
             print(tuned)
     thunks = {name: functools.partial(f, p, x) for name, (f, p) in functions.items()}
     times = measure_latency(thunks, repeats=c.repeats, max_seconds=c.max_seconds)
@@ -128,6 +131,7 @@ def measure(c: Config, case: Case) -> dict[str, Any]:
         "parameters": [tree_size(params), tree_size(small)],
         "flops": flops,
         "seconds": {n: [t.low, t.median, t.high] for n, t in times.items()},
+        "tuned": measured,
         "repeats": times["dense"].repeats,
         "flops_ratio": flops[0] / flops[1],
         "speed_up": best["dense"] / best["small"],

@@ -3,8 +3,8 @@
     export JAX_NUM_CPU_DEVICES=2 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
     python scripts/bench/structured_pruning.py --data-dir DIR --load FILE
 
-(On a CPU of two cores the first line makes training 1.7 times as fast: a device for
-each core, and memory in large pages.)
+(On a CPU of two cores the first line makes training faster: a device for each core,
+and memory in large pages.)
 
 Shrinks the model to the budget by every score, within each coupling and over all of
 them, measures it on the 10,000 test images of CIFAR-10, fine-tunes it (shifts and
@@ -64,7 +64,7 @@ class Config:
     """Shrink only couplings whose weights all match: `params/stage*/**` is inside of
     residual blocks."""
     multiple: int = 4
-    """Channels stay in multiples of this; others train half as fast on a CPU."""
+    """Channels stay in multiples of this; others train more slowly on a CPU."""
     epochs: float = 2
     """Passes over the 20,000 training images after shrinking; 0 does not train."""
     batch_size: int = 128

@@ -63,7 +63,8 @@ def tuned(fn, *args, to=8):
 def kernels(fn, *args):
     """(in, out) channels of the convolutions in the program of a function."""
     jaxpr = jax.make_jaxpr(fn)(*args)
-    found = [e for _, e, _ in equations(jaxpr) if e.primitive.name.startswith("conv_g")]
+    named = [(e.primitive.name, e) for _, e, _ in equations(jaxpr)]
+    found = [e for name, e in named if name == "conv_general_dilated"]
     dims = [e.params["dimension_numbers"].rhs_spec for e in found]
     shapes = [e.invars[1].aval.shape for e in found]
     return [(s[d[1]], s[d[0]]) for s, d in zip(shapes, dims, strict=True)]

@@ -20,13 +20,11 @@ from jaxeff.pruning import (
     polynomial,
     prune,
     prune_by_magnitude,
-    PruneState,
     rigl,
     straight_through,
     uniform,
 )
 from jaxeff.quantization import int8, quantize
-from jaxeff.training import Aux, Checkpoints, init_state, make_train_step
 from jaxeff.tree import combine, partition
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
@@ -201,32 +199,6 @@ def test_it_runs_in_a_scan_as_step_by_step_and_with_donated_buffers(getkey):
     for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(carry), strict=True):
         assert a.dtype == b.dtype and jnp.allclose(a, b, rtol=1e-5, atol=1e-6)
     assert jnp.sum(carry[0]["kernel"] == 0) == 21
-
-
-def test_a_run_from_a_checkpoint_goes_on_bit_for_bit(tmp_path, getkey):
-    def loss(params, x, key):
-        return jnp.mean(jnp.square(x @ params["kernel"] + params["bias"])), Aux()
-
-    params = {"kernel": jr.normal(getkey(), (6, 5)), "bias": jnp.ones((1, 5))}
-    schedule = polynomial(0.1, 0.7, begin=0, steps=6, every=3)
-    only = prune_by_magnitude(schedule, only="kernel")
-    tx = optax.chain(optax.adam(1e-2), only)
-    step, batches = make_train_step(loss, tx), jr.normal(getkey(), (8, 4, 6))
-    state = init_state(params, tx, jr.key(0))
-    for x in batches[:4]:
-        state, _ = step(state, x)
-    assert state.opt_state[1].mask["bias"] is None
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        checkpoints.save(state)
-        again = checkpoints.restore(jax.eval_shape(lambda: state))
-    for x in batches[4:]:
-        state, _ = step(state, x)
-        again, _ = step(again, x)
-    assert jax.tree.structure(state) == jax.tree.structure(again)
-    assert isinstance(again.opt_state[1], PruneState)
-    assert jnp.sum(again.params["kernel"] == 0) == 21
-    assert jnp.array_equal(state.params["kernel"], again.params["kernel"])
-    assert jnp.array_equal(state.params["bias"], again.params["bias"])
 
 
 def test_it_needs_the_weights(getkey):

@@ -7,25 +7,34 @@ import numpy as np
 import optax
 import pytest
 
-from jaxeff.pruning import by_saliency, polynomial, prune, rigl
+from jaxeff.pruning import by_saliency, polynomial, prune, prune_by_magnitude, rigl
 from jaxeff.training import Aux, Checkpoints, init_state, make_train_step
 
-# What prunes, and how many of 30 weights are zero in the end.
+# What prunes, and how many of 30 weights may be zero in the end.
 TRANSFORMS = {
+    "magnitude": (
+        optax.chain(
+            optax.adam(1e-2),
+            prune_by_magnitude(
+                polynomial(0.1, 0.7, begin=0, steps=6, every=3), only="kernel"
+            ),
+        ),
+        range(21, 22),
+    ),
     "a mask with memory": (
         prune(
             optax.adam(1e-2),
             {"kernel": polynomial(0.1, 0.7, begin=0, steps=6, every=3)},
             by_saliency(0.9),
         ),
-        21,
+        range(21, 22),
     ),
     "rewiring": (
         optax.chain(
             optax.clip_by_global_norm(1.0),
             rigl(optax.adam(1e-2), 0.5, every=2, until=20, only="kernel"),
         ),
-        15,
+        range(15, 31),  # what grows back begins at zero
     ),
 }
 
@@ -51,4 +60,4 @@ def test_a_run_goes_on_bit_for_bit_from_a_checkpoint(name, tmp_path, getkey):
     for part in ("params", "opt_state"):
         leaves = [jax.tree.leaves(getattr(s, part)) for s in (state, again)]
         assert all(np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
-    assert jnp.sum(again.params["kernel"] == 0) >= zeros
+    assert int(jnp.sum(again.params["kernel"] == 0)) in zeros

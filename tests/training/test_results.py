@@ -7,9 +7,13 @@ import pytest
 from jaxeff.training.results import about, write_json
 
 
-def test_what_is_said_of_the_machine_is_json_and_true():
+def test_what_is_said_of_the_machine_is_json_and_true(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     said = json.loads(json.dumps(about()))
     assert said["versions"]["jax"] == jax.__version__
+    assert said["environment"]["XLA_FLAGS"] == ""
+    assert "GLIBC_TUNABLES" not in said["environment"]
     assert said["platform"] == jax.default_backend()
     assert said["devices"] == jax.device_count() and len(said["date"]) == 10
 
