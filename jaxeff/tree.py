@@ -168,8 +168,9 @@ def dtype_name(dtype: Any) -> str:
 def partition(params: PyTree, trainable: Patterns = "**") -> tuple[PyTree, PyTree]:
     """Splits a tree into what trains and what stays, `None` where the other has it.
 
-    Only floating-point and complex arrays train, so integers (the values of a
-    quantized leaf, a step counter) never reach `grad`.
+    Only floating-point and complex arrays of 16 bits or more train, so integers and
+    8-bit floats (the values and scales of quantized leaves, a step counter) never
+    reach `grad`.
 
     Law: combine(*partition(params, p)) equals params.
 
@@ -181,12 +182,13 @@ def partition(params: PyTree, trainable: Patterns = "**") -> tuple[PyTree, PyTre
         path_name(keypath) in names
         and is_array(x)
         and jnp.issubdtype(x.dtype, jnp.inexact)
+        and jnp.finfo(x.dtype).bits >= 16
     )
     keep = jax.tree_util.tree_map_with_path(trains, params)
     if not any(jax.tree.leaves(keep)):
         raise ValueError(
             f"nothing to train: the {len(names)} weights that match {trainable!r} hold "
-            "no floating-point array."
+            "no floating-point array of 16 bits or more."
         )
     train = jax.tree.map(lambda k, x: x if k else None, keep, params)
     frozen = jax.tree.map(lambda k, x: None if k else x, keep, params)

@@ -7,6 +7,7 @@ from .calibrate import (
     squares as squares,
 )
 from .call import Call as Call, Rewritten as Rewritten
+from .columns import change_columns as change_columns
 from .costs import Cost as Cost, Costs as Costs
 from .couplings import Coupling as Coupling, Couplings as Couplings
 from .functional import functional as functional
@@ -43,6 +44,7 @@ from .saved import (
     is_original as is_original,
     rebuild as rebuild,
 )
+from .scalings import scale_weights as scale_weights, Scaling as Scaling
 from .sites import reshape_groups as reshape_groups, Site as Site
 from .slicing import (
     Keep as Keep,

@@ -12,6 +12,7 @@ the statistic of one input (of several only while a weight that is used again wa
 for its last use). It runs each operation once for each batch.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ def calibrate(
     weights: Sequence[str],
     statistic: Statistic,
     update: Update,
+    combine: Callable[[Array, Array], Array] = jnp.add,
     progress: bool = True,
 ) -> PyTree:
     """The parameters, with each chosen weight replaced by what `update` makes of it.
@@ -69,10 +71,10 @@ def calibrate(
         params: its weights.
         batches: tuples of arguments, all of the same shapes.
         weights: the paths of those to change.
-        statistic: maps the inputs of a weight, float32, to a tree of arrays. Those
-            of several batches are added.
-        update: maps a part of a weight, the weight there in float32, and the sum of
-            its statistics to the new weight, of the same shape. With a weight cut
+        statistic: maps the inputs of a weight, float32, to a tree of arrays.
+        combine: makes one of the statistics of two batches or two uses.
+        update: maps a part of a weight, the weight there in float32, and all of its
+            statistics combined to the new weight, of the same shape. With a weight cut
             in parts it is called once for each.
         progress: whether to show a bar, if there is a terminal.
 
@@ -82,7 +84,7 @@ def calibrate(
     """
     given = _checked(batches)
     uses = _calibrated(fn, params, given[0], weights)
-    run = _Run(uses, [_arrays(batch) for batch in given], statistic)
+    run = _Run(uses, [_arrays(batch) for batch in given], statistic, combine)
     console = Console(stderr=True)
     hidden = not (progress and console.is_terminal)
     with Progress(console=console, transient=True, disable=hidden) as bar:
@@ -118,8 +120,10 @@ def change_parts(
     for use in uses.uses:
         if use.last:
             number = uses.candidates[use.part.path].number
-            change = lambda w, use=use: update(use.part, w)
-            values[number] = _changed(values[number], uses.elements(use), change)
+            elements = uses.elements(use)
+            part = dataclasses.replace(use.part, elements=elements)
+            change = lambda w, part=part: update(part, w)
+            values[number] = _changed(values[number], elements, change)
     found = {path: values[c.number] for path, c in uses.candidates.items()}
     return _replaced(params, found)
 
@@ -180,7 +184,13 @@ def _arrays(batch: tuple) -> list[Any]:
 class _Run:
     """All batches, somewhere in the program."""
 
-    def __init__(self, uses: Uses, batches: list[list], statistic: Statistic):
+    def __init__(
+        self,
+        uses: Uses,
+        batches: list[list],
+        statistic: Statistic,
+        combine: Callable[[Array, Array], Array],
+    ):
         self.uses, self.program = uses, uses.program
         # What does not depend on data is made anew from these wherever it is read,
         # so that it is always that of the weights as they are now.
@@ -190,7 +200,7 @@ class _Run:
         self.last = self._last_reads()
         self.at = 0  # the next step
         self.segments = Segments()
-        self.statistic = statistic
+        self.statistic, self.combine = statistic, combine
         self.latest: tuple[Any, PyTree] | None = None
         self.waiting: dict[Part, PyTree] = {}
         self.adders: dict[Any, Callable] = {}
@@ -216,7 +226,7 @@ class _Run:
         self._advance(use.step)
         total = self._collect(use)
         if use.part in self.waiting:
-            total = jax.tree.map(jnp.add, self.waiting.pop(use.part), total)
+            total = jax.tree.map(self.combine, self.waiting.pop(use.part), total)
         if not use.last:
             self.waiting[use.part] = total
             return
@@ -226,8 +236,9 @@ class _Run:
                 "too large to be summed in float32: check the batches and the model."
             )
         number = self.uses.candidates[use.part.path].number
-        change = lambda w: update(use.part, w, total)
         elements = self.uses.elements(use)
+        part = dataclasses.replace(use.part, elements=elements)
+        change = lambda w: update(part, w, total)
         self.values[number] = _changed(self.values[number], elements, change)
 
     def _collect(self, use: Use) -> PyTree:
@@ -243,7 +254,7 @@ class _Run:
             if columns is not None:
                 x = jnp.take_along_axis(x[columns[0]], columns[1][:, None], axis=2)
             new = self.statistic(x)
-            return new if total is None else jax.tree.map(jnp.add, total, new)
+            return new if total is None else jax.tree.map(self.combine, total, new)
 
         # The turns of a scan are the same equation.
         named = (id(eqn), use.operand, columns is None)

@@ -157,6 +157,28 @@ def find_couplings(jaxpr: ClosedJaxpr, weights: Sequence[str | None]) -> Couplin
         jaxpr: the program.
         weights: for each of its inputs the weight's path, or None for data.
     """
+    solver, ins = solved(jaxpr, weights)
+    zeros = Zeros(solver)
+    zeros.run(
+        jaxpr,
+        [
+            NOTHING if path is None else zeros.weight(dims)
+            for path, dims in zip(weights, ins, strict=True)
+        ],
+    )
+    named = {p: d for p, d in zip(weights, ins, strict=True) if p is not None}
+    return Couplings(tuple(couplings_of(weights, ins)), named)
+
+
+def solved(
+    jaxpr: ClosedJaxpr, weights: Sequence[str | None]
+) -> tuple[Solver, list[Dims]]:
+    """The dims of every array of a program, and those of its inputs.
+
+    Args:
+        jaxpr: the program.
+        weights: for each of its inputs the weight's path, or None for data.
+    """
     solver = Solver()
     ins: list[Dims] = []
     used = needed(jaxpr)[1]
@@ -173,22 +195,23 @@ def find_couplings(jaxpr: ClosedJaxpr, weights: Sequence[str | None]) -> Couplin
     for dims in outs:
         for d in dims:
             fix(d, lambda: "it is a dim of the outputs")
-    zeros = Zeros(solver)
-    zeros.run(
-        jaxpr,
-        [
-            NOTHING if path is None else zeros.weight(dims)
-            for path, dims in zip(weights, ins, strict=True)
-        ],
-    )
-    named = {p: d for p, d in zip(weights, ins, strict=True) if p is not None}
-    return Couplings(tuple(_collect(named)), named)
+    return solver, ins
 
 
-def _collect(weights: Mapping[str, Dims]) -> Iterator[Coupling]:
+def couplings_of(
+    weights: Sequence[str | None], dims: Sequence[Dims]
+) -> Iterator[Coupling]:
+    """The atoms that weights are made of, with the weights, in order.
+
+    Args:
+        weights: for each input of a program the weight's path, or None for data.
+        dims: of each.
+    """
     members: dict[Dim, dict[tuple[str, int], None]] = {}
-    for path, dims in weights.items():
-        for d, dim in enumerate(dims):
+    for path, of in zip(weights, dims, strict=True):
+        if path is None:
+            continue
+        for d, dim in enumerate(of):
             for atom in atoms(dim):
                 if atom.size > 1:
                     members.setdefault(atom, {})[path, d] = None

@@ -12,6 +12,7 @@ from .call import Call
 from .costs import Costs, count
 from .couplings import Couplings, find_couplings
 from .leaf import packed
+from .scalings import find_scalings, Scaling
 from .sites import find_scales, find_sites, Site
 from .table import table
 
@@ -52,6 +53,11 @@ class Program:
     def couplings(self) -> Couplings:
         """Which dims of which weights must change together."""
         return find_couplings(self.jaxpr, self.weights)
+
+    @functools.cached_property
+    def scalings(self) -> list[Scaling]:
+        """Which weights can be multiplied together without changing the function."""
+        return find_scalings(self.jaxpr, self.weights)
 
     @functools.cached_property
     def costs(self) -> Costs:

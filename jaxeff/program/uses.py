@@ -31,6 +31,8 @@ class Part:
         index: counts the parts of that weight, in the order they are first used.
         groups, rows, cols: how many matrices, outputs and inputs; a convolution's
             inputs are those of a patch.
+        elements: for each entry of the matrices its index in the flattened weight,
+            of shape (groups, rows, cols); only for the time of an update.
     """
 
     path: str
@@ -38,6 +40,7 @@ class Part:
     groups: int
     rows: int
     cols: int
+    elements: Array | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,44 +1,59 @@
-"""A quantized array: integers and a scale, standing where the array stood.
+"""A quantized array: codes and scales, standing where the array stood.
 
-Views (transpose, reshape, slices, the rows of a look-up) stay integers; how it
-multiplies is in `products.py`, how scales are shared in `blocks.py`.
+Views (transpose, reshape, slices, the rows of a look-up) stay codes; how it
+multiplies is in `products.py`, how scales are found in `scales.py` and shared in
+`blocks.py`, and what a code stands for is for its grid to say (`grids.py`).
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int8, UInt8
+from jaxtyping import Array, Bool, Float
 
 from jaxeff.program import Conv, Dot, Leaf, take_places
 from jaxeff.tree import pytree, static
 
-from . import blocks, products
-from .formats import Linear
-from .packing import pack, unpack
+from . import blocks, products, scales as scaling
+from .formats import Format, product_name
+from .grids import Grid, named
+from .packing import pack, packed_size, run, unpack
+from .scales import Scales
 
 
 @pytree
 class QArray(Leaf):
-    """An array stored as `values * scale`.
+    """An array stored as `(number - zero) * scale * outer`, a number for each code.
 
-    `scale` is the width of one integer step, in the units of the array. It has
-    the array's rank, and along each dim a length that divides the array's (see
-    `blocks`). 4-bit values lie two to a byte along the dim `packed`.
+    All but the codes have the array's rank, and along each dim a length that divides
+    the array's (see `blocks`). Codes of fewer than 8 bits lie without a gap along
+    the dim `packed`.
 
-    Laws: `dense()` equals `values * scale`, with each scale repeated over its
+    Attributes:
+        values: the codes.
+        scale: the width of one step, in the units of the array; of 8 bits, or
+            float32.
+        outer: what scales of 8 bits are multiplied with, if anything.
+        zero: which number is the zero of its block, if the grid begins at 0.
+        x_scale: of the activations, where it is known beforehand.
+        grid: name of the numbers that the codes stand for.
+        activations: name of the grid that activations are rounded to.
+
+    Laws: `dense()` equals the formula above, with each scale repeated over its
     block; products are taken with exactly these numbers; every view has them too.
     """
 
-    values: Int8[Array, "..."] | UInt8[Array, "..."]
-    scale: Float[Array, "..."]
-    bits: int = static()
-    dtype_name: str = static()
-    activations: int | None = static(default=None)
-    packed: int | None = static(default=None)  # negative; None: a value per byte
+    values: Array
+    scale: Array
+    outer: Float[Array, "..."] | None = None
+    zero: Array | None = None
+    x_scale: Float[Array, "..."] | None = None
+    grid: str = static(default="int8")
+    dtype_name: str = static(default="float32")
+    activations: str | None = static(default=None)
+    packed: int | None = static(default=None)  # negative; None: a code per element
     length: int = static(default=0)  # of the array along `packed`
 
     @property
@@ -55,35 +70,69 @@ class QArray(Leaf):
         return jnp.dtype(self.dtype_name)
 
     @property
+    def numbers(self) -> Grid:
+        """What the codes stand for."""
+        return named(self.grid)
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return self.numbers.bits
+
+    @property
     def packed_sizes(self) -> dict[str, int]:
-        """Two 4-bit values lie in a byte."""
+        """Several codes lie in a byte."""
         return {} if self.packed is None else {"values": self.size}
 
     @property
     def format(self) -> str:
         """What is stored and how it multiplies, `int4` or `w8a8`: for tables."""
-        return Linear(self.bits, activations=self.activations).name
+        static = self.x_scale is not None
+        return product_name(self.numbers, self.activations, static=static)
 
-    def integers(self) -> Int8[Array, "..."]:
-        """The values, one to a byte."""
+    @property
+    def scales(self) -> Scales:
+        """All that the codes are stretched by."""
+        return Scales(self.scale, self.outer, self.zero)
+
+    def codes(self) -> Array:
+        """One to an element."""
         if self.packed is None:
             return self.values
-        return unpack(self.values, self.packed, self.length)
+        return self._codes(self.values, self.packed)
+
+    def _codes(self, packed: Array, axis: int) -> Array:
+        codes = unpack(packed, self.bits, axis, self.length)
+        return self.numbers.from_bytes(codes)
+
+    def units(self) -> Array:
+        """The numbers of the grid, counted from their zero and not yet scaled."""
+        return scaling.units(self.codes(), self.scales, self.numbers)
 
     def dense(self) -> Array:
         """The array it stands for."""
-        scale = blocks.broadcastable(self.scale, self.shape)
-        return (self.integers().astype(jnp.float32) * scale).astype(self.dtype)
-
-    def _with(self, integers: Array, scale: Array, packed: int | None) -> "QArray":
-        length = 0 if packed is None else integers.shape[packed]
-        values = integers if packed is None else pack(integers, packed)
-        return dataclasses.replace(
-            self, values=values, scale=scale, packed=packed, length=length
+        return scaling.decode(self.codes(), self.scales, self.numbers).astype(
+            self.dtype
         )
 
+    def _beside(self, change: Callable[[Array], Array]) -> dict[str, Any]:
+        """All that has a length for each block of a dim, changed alike."""
+        names = ("scale", "outer", "zero", "x_scale")
+        given = {n: getattr(self, n) for n in names}
+        return {n: None if x is None else change(x) for n, x in given.items()}
+
+    def _with(
+        self, codes: Array, packed: int | None, change: Callable[[Array], Array]
+    ) -> "QArray":
+        values, length = codes, 0
+        if packed is not None:
+            length = codes.shape[packed]
+            values = pack(self.numbers.to_bytes(codes), self.bits, packed)
+        more = {"values": values, "packed": packed, "length": length}
+        return dataclasses.replace(self, **more, **self._beside(change))
+
     def astype(self, dtype: Any) -> Any:
-        """The same integers and scale, for products in another dtype."""
+        """The same codes and scales, for products in another dtype."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return NotImplemented
         return dataclasses.replace(self, dtype_name=jnp.dtype(dtype).name)
@@ -93,43 +142,48 @@ class QArray(Leaf):
         packed = self.packed
         if packed is not None:
             packed = list(permutation).index(packed + self.ndim) - self.ndim
-        return dataclasses.replace(
-            self,
-            values=self.values.transpose(permutation),
-            scale=self.scale.transpose(permutation),
-            packed=packed,
-        )
+        turn = lambda x: x.transpose(permutation)
+        more = {"values": turn(self.values), "packed": packed}
+        return dataclasses.replace(self, **more, **self._beside(turn))
 
     def reshape(self, shape: Sequence[int]) -> "QArray":
-        """The same weight with dims split or merged; each value gets its own byte."""
-        scale = blocks.reshape(self.scale, self.shape, tuple(shape))
-        return self._with(self.integers().reshape(shape), scale, None)
+        """The same weight with dims split or merged; each code gets its own byte."""
+        change = lambda x: blocks.reshape(x, self.shape, tuple(shape))
+        return self._with(self.codes().reshape(shape), None, change)
 
     def keep(self, dim: int, mask: Bool[np.ndarray, " n"]) -> "QArray":
         """The weight without the indices of `dim` where `mask` is False."""
         kept = np.flatnonzero(mask)
-        integers = jnp.take(self.integers(), kept, axis=dim, mode="clip")
-        return self._with(integers, blocks.keep(self.scale, dim, mask), self.packed)
+        codes = jnp.take(self.codes(), kept, axis=dim, mode="clip")
+        return self._with(codes, self.packed, lambda x: blocks.keep(x, dim, mask))
 
     def take(self, gather: Callable[[Array], Array], dim: int) -> Array:
-        """Rows, looked up as integers and only then multiplied by their scales."""
+        """Rows, looked up as codes and only then decoded."""
         at, packed = take_places(gather, self.shape, dim), self.packed
-        values, scale = self.values, self.scale
+        values = self.values
         if packed is not None and packed + self.ndim == dim:
-            values, packed = self.integers(), None
+            values, packed = self.codes(), None
         rows = gather(values)
         if packed is not None:
-            rows = unpack(rows, at[packed + self.ndim], self.length)
-        if scale.shape[dim] > 1:
-            lengths = [*scale.shape[:dim], self.shape[dim], *scale.shape[dim + 1 :]]
-            scales = gather(blocks.expand(scale, lengths))
-        else:
-            # The ones turn NaN where an index is out of bounds, as rows would.
-            ones = [n if d == dim else 1 for d, n in enumerate(self.shape)]
-            scales = blocks.spread(scale, list(at), list(at.values()), rows.ndim)
-            scales = scales * gather(jnp.ones(ones, scale.dtype))
-        scales = blocks.broadcastable(scales, rows.shape)
-        return (rows.astype(jnp.float32) * scales).astype(self.dtype)
+            rows = self._codes(rows, at[packed + self.ndim])
+
+        def beside(x: Array) -> Array:
+            x = x.astype(jnp.float32)
+            if x.shape[dim] > 1:
+                lengths = [*x.shape[:dim], self.shape[dim], *x.shape[dim + 1 :]]
+                x = gather(blocks.expand(x, lengths))
+            else:
+                # The ones turn NaN where an index is out of bounds, as rows would.
+                ones = [n if d == dim else 1 for d, n in enumerate(self.shape)]
+                x = blocks.spread(x, list(at), list(at.values()), rows.ndim)
+                x = x * gather(jnp.ones(ones, jnp.float32))
+            return blocks.broadcastable(x, rows.shape)
+
+        numbers = self.numbers.decode(rows).astype(jnp.float32)
+        if self.zero is not None:
+            numbers = numbers - beside(self.zero)
+        scale = beside(scaling.real(self.scales))
+        return (numbers * scale).astype(self.dtype)
 
     def dot(self, x: Array, dot: Dot) -> Any:
         """`dot(x, self.dense())`, `x` rounded first where the format says so."""
@@ -138,27 +192,39 @@ class QArray(Leaf):
         dtype = jnp.promote_types(x.dtype, self.dtype)
         out = dot.params["preferred_element_type"] or dtype
         x, contract = x.astype(dtype), dot.dims.w_contract
-        grouped = any(self.scale.shape[d] > 1 for d in contract)
-        scale = blocks.broadcastable(self.scale, self.shape)
-        if self.activations is None:
-            if grouped:
-                # Decoding the weight beats a sum over one small product per group.
-                return dot(x, self.dense().astype(dtype)).astype(out)
-            return products.dot(x, self.integers(), scale, dot).astype(out)
+        grouped = any(self._lengths[d] > 1 for d in contract)
+        if grouped and self.activations is None:
+            # Decoding the weight beats a sum over one small product per group.
+            return dot(x, self.dense().astype(dtype)).astype(out)
         if grouped:
             y = self._sum_of_groups(x, dot)
             return y if y is NotImplemented else y.astype(out)
-        if math.prod(self.shape[d] for d in contract) > products.LONGEST_SUM:
-            return NotImplemented
-        product = products.straight_through(
-            lambda x, v, s: products.integer_dot(x, v, s, dot),
-            lambda x, v, s: products.dot(x, v, s, dot),
+        return products.dot(x, *self._factor(), dot).astype(out)
+
+    @property
+    def _lengths(self) -> tuple[int, ...]:
+        """How many blocks each dim has."""
+        if self.zero is None:
+            return self.scale.shape
+        return tuple(map(max, self.scale.shape, self.zero.shape))
+
+    def _factor(self) -> tuple[products.Factor, products.Kind]:
+        spread = lambda x: blocks.broadcastable(x, self.shape)
+        w = products.Factor(
+            codes=self.codes(),
+            scale=spread(scaling.real(self.scales)),
+            zero=None if self.zero is None else spread(self.zero),
+            x_scale=self.x_scale,
         )
-        return product(x, self.integers(), scale).astype(out)
+        return w, products.Kind(self.numbers, self._x_grid)
+
+    @property
+    def _x_grid(self) -> Grid | None:
+        return None if self.activations is None else named(self.activations)
 
     def _sum_of_groups(self, x: Array, dot: Dot) -> Any:
-        """Each group is an integer product, with activations rounded for it alone."""
-        lengths = self.scale.shape
+        """Each group is a product of its own, with activations rounded for it alone."""
+        lengths = self._lengths
         x_shape, w_shape, inner, n = products.group_dims(
             dot, x.shape, self.shape, lengths
         )
@@ -175,21 +241,13 @@ class QArray(Leaf):
         dtype = jnp.promote_types(x.dtype, self.dtype)
         out = conv.params["preferred_element_type"] or dtype
         x, summed = x.astype(dtype), (*conv.spatial_dims, conv.in_dim)
-        if any(self.scale.shape[d] > 1 for d in summed):
-            if self.activations is not None:
-                return NotImplemented
+        if any(self._lengths[d] > 1 for d in summed):
+            if self._x_grid is not None:
+                x = products.rounded_input(x, self._x_grid, self.x_scale, conv)
             return conv(x, self.dense().astype(dtype)).astype(out)
-        scale = blocks.broadcastable(self.scale, self.shape)
-        if self.activations is None:
-            return products.conv(x, self.integers(), scale, conv).astype(out)
-        longest = math.prod(self.shape[d] for d in summed)
-        if longest > products.LONGEST_SUM or conv.params["batch_group_count"] > 1:
+        if self.activations is not None and conv.params["batch_group_count"] > 1:
             return NotImplemented
-        product = products.straight_through(
-            lambda x, v, s: products.integer_conv(x, v, s, conv),
-            lambda x, v, s: products.conv(x, v, s, conv),
-        )
-        return product(x, self.integers(), scale).astype(out)
+        return products.conv(x, *self._factor(), conv).astype(out)
 
 
 def _multiplies(x: Array) -> bool:
@@ -199,39 +257,57 @@ def _multiplies(x: Array) -> bool:
 
 def quantize_array(
     w: Float[Array, "..."],
-    format: Linear,
+    format: Format,
     contract_dims: Sequence[int],
     batch_dims: Sequence[int] = (),
+    *,
+    fit: str = "absmax",
+    importance: Float[Array, "..."] | None = None,
 ) -> QArray:
-    """Rounds a weight to the nearest of even steps, ties to even.
+    """Rounds a weight to the nearest numbers of a format.
 
-    The step of a block is its largest magnitude / 127 in 8 bits, / 7 in 4 bits, so
-    that neither end of the range is clipped. A block of zeros stays zero; one with
-    an infinity or NaN becomes NaN.
-
-    Law: |values * scale - w| <= scale / 2, elementwise; `dense()` then rounds to
-    the dtype of `w`.
+    Law: no number of the grid, times the scale, is nearer to the weight than the one
+    taken; `dense()` then rounds to the dtype of `w`. The bound on the error that
+    follows from this is stated with each grid.
 
     Args:
         w: the weight.
-        format: its bits, groups and activations.
+        format: its numbers, groups and activations.
         contract_dims: dims that a product sums over: they share a scale.
         batch_dims: dims that a scan slices or a look-up picks from. They do not
-            share a scale, and no byte holds values from two of their indices.
+            share a scale, and no byte holds codes from two of their indices.
+        fit, importance: how scales are found, see `scales.fit`.
 
     Raises:
-        ValueError: groups do not fit, or no dim is left along which two 4-bit
-            values could share a byte.
+        ValueError: groups do not fit, or no dim is left along which several codes
+            could share a byte.
     """
     contract, batch = ([d % w.ndim for d in ds] for ds in (contract_dims, batch_dims))
-    largest = 2 ** (format.bits - 1) - 1
-    scale = blocks.absmax_scale(w, format.blocks(w.shape, contract), largest)
-    integers = products.round_to(w, blocks.broadcastable(scale, w.shape), largest)
-    packed = _pack_dim(w.shape, batch) if format.bits == 4 else None
+    shared = format.blocks(w.shape, contract, batch)
+    found = scaling.fit(w, format, shared, batch, method=fit, importance=importance)
+    return store(w, format, found, batch)
+
+
+def store(
+    w: Float[Array, "..."],
+    format: Format,
+    scales: Scales,
+    batch_dims: Sequence[int] = (),
+    x_scale: Float[Array, "..."] | None = None,
+) -> QArray:
+    """A weight under scales that are given, each number the nearest."""
+    grid = format.grid
+    codes = scaling.encode(w, scales, grid)
+    packed = _pack_dim(w.shape, batch_dims, grid.bits) if grid.bits < 8 else None
+    if packed is not None:
+        codes = pack(grid.to_bytes(codes), grid.bits, packed)
     return QArray(
-        values=integers if packed is None else pack(integers, packed),
-        scale=scale,
-        bits=format.bits,
+        values=codes,
+        scale=scales.scale,
+        outer=scales.outer,
+        zero=scales.zero,
+        x_scale=x_scale,
+        grid=grid.name,
         dtype_name=jnp.dtype(w.dtype).name,
         activations=format.activations,
         packed=packed,
@@ -239,13 +315,14 @@ def quantize_array(
     )
 
 
-def _pack_dim(shape: Sequence[int], batch: Sequence[int]) -> int:
-    """The dim to lay two values to a byte along: an even one, else the longest."""
+def _pack_dim(shape: Sequence[int], batch: Sequence[int], bits: int) -> int:
+    """The dim to lay codes along without a gap: the last that wastes least."""
     free = [d for d in range(len(shape)) if d not in batch]
     if not free:
         raise ValueError(
-            f"4-bit values lie in pairs along a dim that nothing slices, but all dims "
-            f"of shape {tuple(shape)} are sliced. Choose 8 bits for this weight."
+            f"{bits}-bit codes share bytes along a dim that nothing slices, but all "
+            f"dims of shape {tuple(shape)} are sliced. Choose 8 bits for this weight."
         )
-    even = [d for d in free if shape[d] % 2 == 0]
-    return (even[-1] if even else max(free, key=lambda d: shape[d])) - len(shape)
+    codes, n_bytes = run(bits)
+    waste = lambda d: packed_size(shape[d], bits) * codes / n_bytes / shape[d]
+    return min(reversed(free), key=waste) - len(shape)

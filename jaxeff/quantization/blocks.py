@@ -7,7 +7,7 @@ This module knows how such an array is made, expanded, reshaped and cut.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,29 +18,34 @@ from jaxeff.program import reshape_groups
 Shape = tuple[int, ...]
 
 
-def absmax_scale(
-    x: Float[Array, "..."], blocks: Sequence[int], largest: int
+def _reduce(
+    x: Float[Array, "..."], blocks: Sequence[int], reduce: Callable
 ) -> Float[Array, "..."]:
-    """The step with which each block of `x` just fits -largest ... largest.
-
-    A block of zeros has step 1. A block that holds an infinity or NaN has step
-    NaN, so that what is computed with it says so.
-
-    Args:
-        x: to be rounded.
-        blocks: how many neighbours along each dim share a step.
-        largest: integer that the largest magnitude of a block becomes.
-    """
+    """One number for each block, of `blocks[d]` neighbours along dim d."""
     shape = [m for n, b in zip(x.shape, blocks, strict=True) for m in (n // b, b)]
-    within = tuple(range(1, 2 * x.ndim, 2))
-    absmax = jnp.max(jnp.abs(x.astype(jnp.float32)).reshape(shape), axis=within)
-    # Not below the smallest normal number: a subnormal step is itself rounded.
-    step = jnp.maximum(absmax / largest, jnp.finfo(jnp.float32).tiny)
-    step = jnp.where(absmax > 0, step, 1)
-    return jnp.where(jnp.isfinite(absmax), step, jnp.nan)
+    return reduce(x.reshape(shape), tuple(range(1, 2 * x.ndim, 2)))
 
 
-def expand(scale: Float[Array, "..."], shape: Sequence[int]) -> Float[Array, "..."]:
+def absmax(x: Float[Array, "..."], blocks: Sequence[int]) -> Float[Array, "..."]:
+    """The largest magnitude of each block, float32; NaN if one is NaN."""
+    return _reduce(jnp.abs(x.astype(jnp.float32)), blocks, jnp.max)
+
+
+def ends(
+    x: Float[Array, "..."], blocks: Sequence[int]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """The least and the largest of each block and 0, float32; NaN if one is NaN."""
+    x = x.astype(jnp.float32)
+    low, high = (_reduce(x, blocks, f) for f in (jnp.min, jnp.max))
+    return jnp.minimum(low, 0), jnp.maximum(high, 0)
+
+
+def total(x: Float[Array, "..."], blocks: Sequence[int]) -> Float[Array, "..."]:
+    """The sum over each block."""
+    return _reduce(x, blocks, jnp.sum)
+
+
+def expand(scale: Array, shape: Sequence[int]) -> Array:
     """`scale` with each entry repeated so that dim d has length `shape[d]`."""
     for d, (n, m) in enumerate(zip(scale.shape, shape, strict=True)):
         if n != m:
@@ -48,15 +53,13 @@ def expand(scale: Float[Array, "..."], shape: Sequence[int]) -> Float[Array, "..
     return scale
 
 
-def broadcastable(
-    scale: Float[Array, "..."], shape: Sequence[int]
-) -> Float[Array, "..."]:
+def broadcastable(scale: Array, shape: Sequence[int]) -> Array:
     """`scale` with blocks between 1 and the whole dim expanded, 1 left as 1."""
     lengths = [1 if n == 1 else m for n, m in zip(scale.shape, shape, strict=True)]
     return expand(scale, lengths)
 
 
-def reshape(scale: Float[Array, "..."], old: Shape, new: Shape) -> Float[Array, "..."]:
+def reshape(scale: Array, old: Shape, new: Shape) -> Array:
     """The scale of an array of shape `old` after a reshape to `new`.
 
     Law: expand(reshape(scale, old, new), new) = expand(scale, old).reshape(new).
@@ -93,9 +96,7 @@ def _fit(block: int, sizes: Sequence[int]) -> tuple[int, list[int]]:
     return fits, lengths
 
 
-def keep(
-    scale: Float[Array, "..."], dim: int, mask: Bool[np.ndarray, " n"]
-) -> Float[Array, "..."]:
+def keep(scale: Array, dim: int, mask: Bool[np.ndarray, " n"]) -> Array:
     """The scale of an array of which only the indices of `dim` in `mask` stay.
 
     Blocks that lose different numbers of indices fall apart into smaller ones.
@@ -109,9 +110,21 @@ def keep(
     return jnp.take(scale, kept, axis=dim, mode="clip")
 
 
-def spread(
-    scale: Float[Array, "..."], dims: Sequence[int], at: Sequence[int], ndim: int
-) -> Float[Array, "..."]:
+def at_batch(scale: Array, dims: Mapping[int, int], ndim: int) -> Array:
+    """The scale of what a weight meets, among the dims of that.
+
+    Args:
+        scale: of the weight's rank, of length 1 along all but batch dims.
+        dims: the weight's batch dims, and which of `ndim` they are there.
+        ndim: of what it meets.
+    """
+    pairs = sorted(dims.items(), key=lambda pair: pair[1])
+    others = tuple(d for d in range(scale.ndim) if d not in dims)
+    scale = jnp.max(scale, others, keepdims=True)
+    return spread(scale, [w for w, _ in pairs], [x for _, x in pairs], ndim)
+
+
+def spread(scale: Array, dims: Sequence[int], at: Sequence[int], ndim: int) -> Array:
     """`scale` with its `dims` at the places `at`, ascending, of `ndim` dims.
 
     Its other dims have length 1 and go.

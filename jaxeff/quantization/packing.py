@@ -1,37 +1,77 @@
-"""Two 4-bit integers in each byte, along one dim.
+"""Codes of fewer than eight bits, without a gap, along one dim of bytes.
 
-The even index lies in the low half, its odd neighbour in the high half, so that
-slicing, sharding and merging dims keep whole bytes together.
+As few codes as fill whole bytes lie together: two of 4 bits in one byte, four of 2
+bits, eight of 3 bits in three. The first lies in the lowest bits. So slicing,
+sharding and merging dims keep whole bytes together, and a leading dim can be
+sliced without knowing anything of this.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int8, UInt8
+from jaxtyping import Array, UInt8
 
 
-def pack(values: Int8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
-    """Integers in -8 ... 7, two to a byte; an odd length is filled with a zero."""
-    axis %= values.ndim
-    if values.shape[axis] % 2:
-        one = [(0, int(d == axis)) for d in range(values.ndim)]
-        values = jnp.pad(values, one)
-    pairs = (values.shape[axis] // 2, 2)
-    values = values.reshape(*values.shape[:axis], *pairs, *values.shape[axis + 1 :])
-    halves = jax.lax.bitcast_convert_type(values, jnp.uint8) & 0xF
-    low = jax.lax.index_in_dim(halves, 0, axis + 1, keepdims=False)
-    high = jax.lax.index_in_dim(halves, 1, axis + 1, keepdims=False)
-    return low | (high << 4)
+def run(bits: int) -> tuple[int, int]:
+    """How many codes of so many bits lie together, and in how many bytes."""
+    both = math.lcm(8, bits)
+    return both // bits, both // 8
 
 
-def unpack(packed: UInt8[Array, "..."], axis: int, size: int) -> Int8[Array, "..."]:
-    """The integers that `pack` stored, `size` of them along `axis`.
+def packed_size(n: int, bits: int) -> int:
+    """Bytes that `n` codes take: a last, incomplete run is filled with zeros."""
+    codes, n_bytes = run(bits)
+    return -(-n // codes) * n_bytes
 
-    Law: unpack(pack(x, axis), axis, x.shape[axis]) equals x.
+
+def pack(codes: UInt8[Array, "..."], bits: int, axis: int) -> UInt8[Array, "..."]:
+    """Codes below 2**bits, packed along `axis`."""
+    axis %= codes.ndim
+    per_run, n_bytes = run(bits)
+    missing = -codes.shape[axis] % per_run
+    if missing:
+        pad = [(0, missing if d == axis else 0) for d in range(codes.ndim)]
+        codes = jnp.pad(codes, pad)
+    parts = _split(codes, axis, per_run)
+    return _join([_gather(parts, j, bits, 8) for j in range(n_bytes)], axis)
+
+
+def unpack(
+    packed: UInt8[Array, "..."], bits: int, axis: int, size: int
+) -> UInt8[Array, "..."]:
+    """The codes that `pack` stored, `size` of them along `axis`.
+
+    Law: unpack(pack(x, bits, axis), bits, axis, x.shape[axis]) equals x.
     """
     axis %= packed.ndim
-    byte = jax.lax.bitcast_convert_type(packed, jnp.int8)
-    # Shifting left and back again copies the sign of the low half upwards.
-    low, high = (byte << 4) >> 4, byte >> 4
-    values = jnp.stack([low, high], axis + 1)
-    shape = (*packed.shape[:axis], 2 * packed.shape[axis], *packed.shape[axis + 1 :])
-    return jax.lax.slice_in_dim(values.reshape(shape), 0, size, axis=axis)
+    per_run, n_bytes = run(bits)
+    parts = _split(packed, axis, n_bytes)
+    codes = _join([_gather(parts, i, 8, bits) for i in range(per_run)], axis)
+    return jax.lax.slice_in_dim(codes, 0, size, axis=axis)
+
+
+def _gather(parts: list[Array], i: int, old: int, new: int) -> Array:
+    """Number i of `new` bits from neighbours of `old` bits each."""
+    found = None
+    for j, part in enumerate(parts):
+        shift = j * old - i * new  # where its lowest bit goes
+        if not -old < shift < new:
+            continue
+        part = part << shift if shift > 0 else part >> -shift if shift < 0 else part
+        found = part if found is None else found | part
+    assert found is not None
+    return found if new == 8 else found & (2**new - 1)
+
+
+def _split(x: Array, axis: int, n: int) -> list[Array]:
+    """Every n-th index along an axis, from each of the first n on."""
+    runs = (*x.shape[:axis], x.shape[axis] // n, n, *x.shape[axis + 1 :])
+    x = x.reshape(runs)
+    return [jax.lax.index_in_dim(x, i, axis + 1, keepdims=False) for i in range(n)]
+
+
+def _join(parts: list[Array], axis: int) -> Array:
+    shape = parts[0].shape
+    n = len(parts) * shape[axis]
+    return jnp.stack(parts, axis + 1).reshape(*shape[:axis], n, *shape[axis + 1 :])

@@ -7,21 +7,28 @@ output. Rounding itself is in `arrays.py`.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jaxeff import tree
 from jaxeff.program import is_leaf, lift, Site, trace
 
-from .arrays import QArray, quantize_array
-from .formats import int8, Linear
-from .products import LONGEST_SUM
+from .arrays import QArray, quantize_array, store
+from .choice import AnyFormat, Choice
+from .formats import Format, int8
+from .grids import named
+from .importance import importances
+from .linear import Linear
+from .products import longest_sum
+from .ranges import activation_scales
+from .scales import Scales
+from .vector import Codebook, learn, VectorArray
 
-Formats = Linear | Mapping[str, Linear | None]
+Formats = AnyFormat | Mapping[str, AnyFormat | None]
 
 
 ALREADY = "it is quantized already"
@@ -31,28 +38,16 @@ _AGAIN = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """What becomes of one array: a format, or the reason why none.
-
-    Attributes:
-        path: of the array; inside a compressed weight, that of its part.
-        weight: path of the weight it is or belongs to.
-        contract, batch: dims that share a scale, and that are sliced.
-    """
-
-    path: str
-    weight: str
-    format: Linear | None
-    reason: str = ""
-    contract: tuple[int, ...] = ()
-    batch: tuple[int, ...] = ()
-
-
 def quantize(
-    fn: Callable, params: PyTree, *args: Any, formats: Formats | None = None
+    fn: Callable,
+    params: PyTree,
+    *args: Any,
+    formats: Formats | None = None,
+    fit: str = "absmax",
+    batches: Iterable[tuple] | None = None,
+    progress: bool = True,
 ) -> tuple[Callable, PyTree]:
-    """The function, and its weights rounded to few bits.
+    """The function, and its weights rounded to the nearest of few numbers.
 
     Args:
         fn: `fn(params, *args)`.
@@ -63,61 +58,118 @@ def quantize(
             or pattern -> format, where of several patterns that match a weight the
             first counts, and None leaves it as it is. Weights that no product,
             convolution or look-up uses (biases, norms) stay.
+        fit: how the scale of a block is found: "absmax", so that nothing is clipped;
+            "mse", by the least squared error of the weights; "output", by that of
+            the outputs, as far as the mean square of each input tells; "hqq", for
+            formats with a zero point, by one that is no integer. Codebooks are fitted
+            to "output" or else to the weights.
+        batches: tuples of arguments, for "output" and for formats whose activations
+            have a range.
+        progress: whether to show a bar where there is data and a terminal.
 
     Returns:
         `lift(fn)`, which multiplies by the integers, and the new weights.
 
     Raises:
         ValueError: a pattern matches no weight, or none that can be quantized; a
-            format is none, or does not fit a weight.
+            format is none, or does not fit a weight; it needs data, and there is
+            none.
     """
     check_formats(formats)
     choices = choose(fn, params, args, formats)
-    return lift(fn), apply(params, choices)
+    given = None if batches is None else list(batches)
+    x_scales = activation_scales(fn, params, given, choices)
+    weighed = None
+    if fit == "output":
+        weighed = importances(fn, params, args, given or [], choices, progress)
+        fit = "mse"
+    new = apply(params, choices, fit=fit, x_scales=x_scales, importance=weighed)
+    return lift(fn), new
 
 
 def check_formats(formats: Any) -> None:
     """Refuses what is no format, and what is no dict of formats."""
     given = formats.values() if isinstance(formats, Mapping) else [formats]
     for f in given:
-        if f is not None and not isinstance(f, Linear):
+        if f is not None and not isinstance(f, AnyFormat):
             raise ValueError(
-                f"a format is `quantization.int8`, `int4`, `w8a8` or another `Linear`, "
-                f"got {f!r}. Pass one for all weights, or a dict from patterns to them."
+                f"a format is `quantization.int8`, `int4`, `w8a8`, another `Format` "
+                f"or a `Codebook`, got {f!r}. Pass one for all weights, or a dict from "
+                "patterns to them."
             )
 
 
-def apply(params: PyTree, choices: list[Choice]) -> PyTree:
-    """The weights, each in the format chosen for it."""
-    values, treedef = jax.tree.flatten(params, is_leaf=_is_quantized)
-    new = [_apply(x, c) for x, c in zip(values, choices, strict=True)]
-    return jax.tree.unflatten(treedef, new)
+def apply(
+    params: PyTree,
+    choices: list[Choice],
+    *,
+    fit: str = "absmax",
+    scales: Mapping[str, Scales] | None = None,
+    x_scales: Mapping[str, Array] | None = None,
+    importance: Mapping[str, Array] | None = None,
+) -> PyTree:
+    """The weights, each in the format chosen for it.
+
+    Args:
+        params: the weights.
+        choices: from `choose`.
+        fit: how scales are found, see `scales.fit`.
+        scales: those that are known already, by path.
+        x_scales: of activations, by path.
+        importance: what each weight's error counts, by path.
+    """
+    scales, x_scales, importance = scales or {}, x_scales or {}, importance or {}
+    values, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
+
+    def new(x: Any, c: Choice) -> Any:
+        if c.format is None:
+            return x
+        if isinstance(c.format, Codebook):
+            by = importance.get(c.path)
+            round_it = lambda w: _learn(w, c.format, c.contract, c.batch, by)
+        elif c.path in scales:
+            round_it = lambda w: _store(w, c.format, scales[c.path], c.batch)
+        else:
+            by = importance.get(c.path)
+            round_it = lambda w: _round(w, c.format, c.contract, c.batch, fit, by)
+        shape_only = isinstance(x, jax.ShapeDtypeStruct)
+        q = jax.eval_shape(round_it, x) if shape_only else round_it(x)
+        if c.path in x_scales:
+            q = dataclasses.replace(q, x_scale=x_scales[c.path])
+        return q
+
+    new_values = [new(x, c) for x, c in zip(values, choices, strict=True)]
+    return jax.tree.unflatten(treedef, new_values)
 
 
-def _apply(x: Any, c: Choice) -> Any:
-    if c.format is None:
-        return x
-    round_it = lambda w: _quantize_array(w, c.format, c.contract, c.batch)
-    shape_only = isinstance(x, jax.ShapeDtypeStruct)
-    return jax.eval_shape(round_it, x) if shape_only else round_it(x)
-
-
-_quantize_array = jax.jit(quantize_array, static_argnums=(1, 2, 3))
+_round = jax.jit(
+    lambda w, format, contract, batch, fit, importance: quantize_array(
+        w, format, contract, batch, fit=fit, importance=importance
+    ),
+    static_argnums=(1, 2, 3, 4),
+)
+_store = jax.jit(store, static_argnums=(1, 3))
+_learn = jax.jit(
+    lambda w, format, contract, batch, importance: learn(
+        w, format, contract, batch, importance=importance
+    ),
+    static_argnums=(1, 2, 3),
+)
 
 
 def choose(
     fn: Callable, params: PyTree, args: tuple, formats: Formats | None
 ) -> list[Choice]:
     """What becomes of each array among the weights; see `quantize`."""
-    arrays = tree.paths(params, _is_quantized)
+    arrays = tree.paths(params, is_quantized)
     weights = _weights(params, arrays)
     uses: dict[str, list[Site]] = {path: [] for path in arrays}
     for site in trace(lift(fn), params, *args).sites:
         uses.get(site.path, []).append(site)
     reasons = {p: _why_not(x, uses[p]) for p, x in arrays.items()}
-    if formats is None or isinstance(formats, Linear):
+    if formats is None or isinstance(formats, AnyFormat):
         fmt = formats or int8
-        asked: dict[str, Linear | None] = {
+        asked: dict[str, AnyFormat | None] = {
             p: fmt for p, x in arrays.items() if not reasons[p] and x.ndim > 1
         }
         if not asked:
@@ -132,22 +184,23 @@ def choose(
     ]
 
 
-def _is_quantized(x: Any) -> bool:
-    return isinstance(x, QArray)
+def is_quantized(x: Any) -> bool:
+    """Whether it is a weight in few bits."""
+    return isinstance(x, QArray | VectorArray)
 
 
 def _weights(params: PyTree, arrays: Mapping[str, Any]) -> dict[str, str]:
     """For each array the path of the weight it is, or is a part of."""
     parts = {}
     for path, x in tree.paths(params, is_leaf).items():
-        inner = tree.paths(x, _is_quantized) if is_leaf(x) else {"": x}
+        inner = tree.paths(x, is_quantized) if is_leaf(x) else {"": x}
         for name in inner:
             parts[f"{path}/{name}" if name else path] = path
     return {p: parts[p] for p in arrays}
 
 
 def _why_not(x: Any, uses: list[Site]) -> str:
-    if _is_quantized(x):
+    if is_quantized(x):
         return ALREADY
     if not tree.is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
         return f"it is no floating-point array ({getattr(x, 'dtype', type(x))})"
@@ -155,12 +208,12 @@ def _why_not(x: Any, uses: list[Site]) -> str:
 
 
 def _asked(
-    formats: Mapping[str, Linear | None],
+    formats: Mapping[str, AnyFormat | None],
     weights: Mapping[str, str],
     reasons: Mapping[str, str],
-) -> dict[str, Linear | None]:
+) -> dict[str, AnyFormat | None]:
     """The format of each array by the first pattern that matches it."""
-    asked: dict[str, Linear | None] = {}
+    asked: dict[str, AnyFormat | None] = {}
     names = dict.fromkeys([*weights.values(), *weights])
     for pattern, fmt in formats.items():
         found = set(tree.match(pattern, names))
@@ -196,7 +249,7 @@ def _some(reasons: Mapping[str, str]) -> str:
 
 
 def _choice(
-    path: str, weight: str, fmt: Linear | None, reason: str, x: Any, uses: list[Site]
+    path: str, weight: str, fmt: AnyFormat | None, reason: str, x: Any, uses: list[Site]
 ) -> Choice:
     if fmt is None or reason:
         return Choice(path, weight, None, reason or "its format is None")
@@ -206,7 +259,7 @@ def _choice(
     batch = sorted({d for s in uses for d in s.batch} - set(contract))
     try:
         _check(fmt, uses, x.shape)
-        fmt.blocks(x.shape, contract)
+        fmt.blocks(x.shape, contract, batch)
     except ValueError as e:
         raise ValueError(
             f"{path} {tuple(x.shape)} cannot be {fmt.name}: {e} A pattern of its own, "
@@ -215,7 +268,7 @@ def _choice(
     return Choice(path, weight, fmt, "", tuple(contract), tuple(batch))
 
 
-def _check(fmt: Linear, uses: list[Site], shape: tuple[int, ...]) -> None:
+def _check(fmt: AnyFormat, uses: list[Site], shape: tuple[int, ...]) -> None:
     sums = {s.contract for s in uses if s.contract}
     if fmt.group is not None and len(sums) > 1:
         raise ValueError(
@@ -224,16 +277,18 @@ def _check(fmt: Linear, uses: list[Site], shape: tuple[int, ...]) -> None:
         )
     if fmt.activations is None:
         return
-    if fmt.group is not None and any(s.primitive.startswith("conv") for s in uses):
-        raise ValueError(
-            "an integer convolution sums its whole window in one number, so its scale "
-            "cannot vary within it. Leave out the group, or the activations."
-        )
+    grid = named(fmt.activations)
     longest = fmt.group or max(
         (math.prod(shape[d] for d in c) for c in sums), default=0
     )
-    if longest > LONGEST_SUM:
-        raise ValueError(
-            f"a sum of {longest:,} products of 8-bit integers can overflow 32 bits "
-            f"(the limit is {LONGEST_SUM:,}). Give it smaller groups, `.grouped(n)`."
-        )
+    if (
+        isinstance(grid, Linear)
+        and isinstance(fmt, Format)
+        and isinstance(fmt.grid, Linear)
+    ):
+        limit = longest_sum(fmt.grid, grid)
+        if longest > limit:
+            raise ValueError(
+                f"a sum of {longest:,} products of such integers can overflow 32 bits "
+                f"(the limit is {limit:,}). Give it smaller groups, `.grouped(n)`."
+            )

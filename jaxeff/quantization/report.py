@@ -11,8 +11,7 @@ from jaxtyping import PyTree
 from jaxeff import tree
 from jaxeff.program import lift, lift_report, notes, relative_error, table
 
-from .arrays import QArray
-from .quantize import apply, check_formats, choose, Formats
+from .quantize import apply, check_formats, choose, Formats, is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +87,6 @@ def report(
     check_formats(formats)
     choices = choose(fn, params, args, formats)
     new = apply(params, choices)
-    is_quantized = lambda x: isinstance(x, QArray)
     before = jax.tree.leaves(params, is_leaf=is_quantized)
     after = jax.tree.leaves(new, is_leaf=is_quantized)
     dense = {

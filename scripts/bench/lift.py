@@ -33,12 +33,12 @@ from jaxeff import lift
 from jaxeff.cost import measure_latency
 from jaxeff.models import build
 from jaxeff.program import dense, lift_report
-from jaxeff.quantization import int4, int8, Linear, quantize, w8a8
+from jaxeff.quantization import Format, int4, int8, quantize, w8a8
 from jaxeff.training.cli import main
 from jaxeff.training.results import about, write_json
 from jaxeff.tree import tree_bytes
 
-FORMATS: dict[str, Linear] = {"int8": int8, "w8a8": w8a8, "int4": int4}
+FORMATS: dict[str, Format] = {"int8": int8, "w8a8": w8a8, "int4": int4}
 # How far a format's own rounding may take the outputs, of their norm. Weights alone:
 # only the order of float32 sums differs. w8a8 also rounds what enters each product.
 TOLERANCE = {"int8": 1e-4, "w8a8": 0.1, "int4": 1e-4}

@@ -1,6 +1,6 @@
 """One-shot pruning of trained models: magnitude, Wanda and SparseGPT side by side.
 
-    python scripts/bench/oneshot_pruning.py --data DIR
+    PYTHONPATH=. python scripts/bench/oneshot_pruning.py --data DIR
 
 A language model of 260 thousand weights (all products but the tied output layer) by
 perplexity, on text it wrote itself (sampled at temperature 1, other seeds than the
@@ -23,18 +23,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jax.random as jr
-import numpy as np
 
 from jaxeff import pruning
-from jaxeff.data import cifar10, text
-from jaxeff.models import BOS, init_cache, load_resnet20, load_stories260k, Tokenizer
 from jaxeff.training.cli import main
 from jaxeff.training.evaluate import accuracy
-from jaxeff.training.language import nats
 from jaxeff.training.results import about, write_json
+from scripts.bench.subjects import perplexity, resnet20, stories
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the trained ResNet
 METHODS: dict[str, Callable] = {
     "magnitude": pruning.prune_magnitude,
     "wanda": pruning.wanda,
@@ -101,13 +96,9 @@ def compare(
 
 def language(c: Config) -> dict[str, dict[str, Any]]:
     """Perplexities by text and sparsity."""
-    folder = c.data / "stories260k"
-    model, params = load_stories260k(folder / "stories260K.bin", scan=True)
-    tokenizer = Tokenizer.load(folder / "tok512.bin")
-    play = shakespeare(c, tokenizer)
-    own = [sample(model, params, c.sequences, c.length, seed) for seed in (0, 1)]
+    model, params, texts = stories(c.data, c.sequences, c.length)
     fn, out = model.apply, {}
-    for name, (known, unseen) in {"own": own, "tiny shakespeare": play}.items():
+    for name, (known, unseen) in texts.items():
         score = lambda fn, p, unseen=unseen: perplexity(fn, p, unseen, c.batch)
         dense = score(fn, params)
         print(f"{name}: dense {dense:.4f}")
@@ -123,73 +114,19 @@ def language(c: Config) -> dict[str, dict[str, Any]]:
     return out
 
 
-def sample(model: Any, params: Any, n: int, length: int, seed: int) -> np.ndarray:
-    """Sequences of length + 1 tokens, drawn from the model, each after BOS."""
-
-    def step(state, key):
-        token, cache = state
-        logits, cache = model.apply(params, token[:, None], cache)
-        new = jr.categorical(key, logits[:, -1])
-        return (new, cache), new
-
-    @jax.jit
-    def draw(key):
-        first = jnp.full(n, BOS)
-        cache = init_cache(model.config, n, length)
-        _, rest = jax.lax.scan(step, (first, cache), jr.split(key, length))
-        return jnp.concatenate([first[:, None], rest.T], axis=1)
-
-    return np.asarray(draw(jr.key(seed)))
-
-
-def shakespeare(c: Config, tokenizer: Tokenizer) -> list[np.ndarray]:
-    """Windows of the play, from its first nine tenths and from its last."""
-    parts = []
-    for part in text(c.data / "tiny_shakespeare" / "input.txt.gz"):
-        need, tokens = c.sequences * (c.length + 1), [BOS]
-        # Line by line, since encoding takes time quadratic in the length.
-        for line in bytes(part).decode(errors="replace").splitlines(keepends=True):
-            tokens += tokenizer.encode(line, bos=False)
-            if len(tokens) >= need:
-                break
-        if len(tokens) < need:
-            raise ValueError(
-                f"{c.sequences} sequences of {c.length + 1} tokens are {need}, but a "
-                f"part of the text has {len(tokens)}: take fewer or shorter ones."
-            )
-        parts.append(np.asarray(tokens[:need]).reshape(c.sequences, -1))
-    return parts
-
-
-def perplexity(fn: Callable, params: Any, tokens: np.ndarray, batch: int) -> float:
-    """exp of the mean cross-entropy of every token but the first of each sequence."""
-    parts = [tokens[i : i + batch] for i in range(0, len(tokens), batch)]
-    total = sum(float(_sum_nats(fn, params, jnp.asarray(part))) for part in parts)
-    return float(np.exp(total / tokens[:, 1:].size))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _sum_nats(fn: Callable, params: Any, tokens: jax.Array) -> jax.Array:
-    return jnp.sum(nats(fn(params, tokens[:, :-1]), tokens[:, 1:]))
-
-
 # The ResNet.
 
 
 def images(c: Config) -> dict[str, Any]:
     """Accuracies by sparsity."""
-    path = c.data / "resnet20_cifar10" / "resnet20.safetensors"
-    model, params = load_resnet20(path)
-    train, test = cifar10(c.data / "cifar10", mean=MEAN, std=STD)
-    batches = [
-        (jnp.asarray(train.images[i : i + c.batch]),)
-        for i in range(0, c.images, c.batch)
-    ]
-    score = lambda fn, p: accuracy(fn, p, test)
-    dense = score(model.apply, params)
+    subject = resnet20(c.data)
+    fn, params = subject.model.apply, subject.params
+    batches = subject.batches(c.images, c.batch)
+    score = lambda fn, p: accuracy(fn, p, subject.test)
+    dense = score(fn, params)
     print(f"resnet20: dense {dense:.4f}")
     rows = {
-        str(sparsity): compare(model.apply, params, batches, sparsity, score)
+        str(sparsity): compare(fn, params, batches, sparsity, score)
         for sparsity in (0.5, 0.7, "2:4")
     }
     return {"dense": dense, "rows": rows}

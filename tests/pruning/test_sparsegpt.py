@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxeff.pruning.lowest import drop_anywhere, NM
-from jaxeff.pruning.sparsegpt import inverse_factor, prune_matrix
+from jaxeff.pruning.sparsegpt import prune_matrix
 
 
 def problem(rows=12, cols=40, n=200, seed=0):
@@ -53,16 +53,6 @@ def test_it_agrees_with_the_paper_in_float64(sparsity, block):
     want = reference(w, h, sparsity, width, 0.01)
     assert np.array_equal(got == 0, want == 0)
     assert np.abs(got - want).max() < 1e-3
-
-
-def test_the_factor_is_that_of_the_inverse():
-    _, x = problem(cols=20)
-    h = x.T @ x
-    u = np.asarray(inverse_factor(h, 0.01), np.float64)
-    damped = np.asarray(h) + 0.01 * np.diag(h).mean() * np.eye(20)
-    assert np.abs(u.T @ u @ damped - np.eye(20)).max() < 1e-3
-    assert np.array_equal(u, np.triu(u))
-    assert np.allclose(inverse_factor(0 * h, 0.01), np.eye(20) / np.sqrt(1.01))
 
 
 def test_sparsity_0_changes_nothing():

@@ -101,26 +101,24 @@ def test_blocks_that_lose_as_many_indices_stay_blocks():
     )
 
 
-def test_the_largest_of_each_block_becomes_the_largest_integer():
-    xs = [RNG.normal(size=shape).astype(np.float32) for shape, _ in CASES]
+def test_what_is_said_of_each_block_is_said_of_its_neighbours():
+    xs = [jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape, _ in CASES]
 
-    def steps(xs):
+    def found(xs):
         for (shape, like), x in zip(CASES, xs, strict=True):
             sizes = [n // m for n, m in zip(shape, like.shape, strict=True)]
-            scale = blocks.absmax_scale(x, sizes, 127)
-            assert scale.shape == like.shape
-            pieces = [k for n, m in zip(like.shape, sizes, strict=True) for k in (n, m)]
-            steps = jnp.abs(x) / blocks.expand(scale, shape)
-            yield steps.reshape(pieces).max(tuple(range(1, 2 * x.ndim, 2)))
+            low, high = blocks.ends(x, sizes)
+            yield low, high, blocks.absmax(x, sizes), blocks.total(x, sizes)
 
-    for largest in run(lambda xs: list(steps(xs)), xs):
-        np.testing.assert_allclose(largest, 127, rtol=1e-5)
-
-
-def test_degenerate_blocks_have_a_step_that_says_so():
-    tiny = jnp.finfo(jnp.float32).tiny
-    x = jnp.array([[0, 0], [1, jnp.inf], [jnp.nan, 1], [tiny, 0], [-254, 3]])
-    scale = blocks.absmax_scale(x, [1, 2], 127)
-    np.testing.assert_array_equal(
-        scale, np.array([[1], [jnp.nan], [jnp.nan], [tiny], [2]], np.float32)
-    )
+    results = run(lambda xs: list(found(xs)), xs)
+    for (_, like), x, made in zip(CASES, xs, results, strict=True):
+        expected = np.zeros((4, *like.shape), np.float32)
+        for at in np.ndindex(like.shape):
+            cut = tuple(
+                slice(i * n // m, (i + 1) * n // m)
+                for i, n, m in zip(at, x.shape, like.shape, strict=True)
+            )
+            part = np.asarray(x)[cut]
+            of = min(part.min(), 0), max(part.max(), 0), abs(part).max(), part.sum()
+            expected[(slice(None), *at)] = of
+        np.testing.assert_allclose(np.stack(made), expected, rtol=1e-5, atol=1e-5)

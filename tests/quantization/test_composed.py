@@ -55,7 +55,7 @@ def test_a_pattern_names_a_factored_weight_or_one_of_its_factors(normal):
     fn, low = factorize(matmul, params, x, ranks={"**": 4})
     _, q = quantize(fn, low, x, formats={"up/u": int4, "up": int8, "down/v": w8a8})
     assert (q["up"].u.bits, q["up"].v.bits) == (4, 8)
-    assert q["down"].u is low["down"].u and q["down"].v.activations == 8
+    assert q["down"].u is low["down"].u and q["down"].v.activations == "int8"
     rows = {r.path: r for r in report(fn, low, x, formats={"up": int4}).rows}
     assert rows["up/u"].bits == 4 + 32 / 16 and rows["up/v"].bits == 4 + 32 / 4
     assert rows["down/u"].stays and rows["down/v"].bits == 32

@@ -9,8 +9,20 @@ import pytest
 from jax import lax
 
 from jaxeff.program import lift, lift_report
-from jaxeff.quantization import int4, int8, Linear, quantize_array, w8a8
-from jaxeff.quantization.products import LONGEST_SUM
+from jaxeff.quantization import (
+    int4,
+    int8,
+    Linear,
+    log4,
+    nf4,
+    quantize_array,
+    uint4,
+    w4a8,
+    w8a8,
+    w8a8_fp8,
+)
+from jaxeff.quantization.grids import named
+from jaxeff.quantization.products import longest_sum
 
 # (x's shape, w's shape, contracting dims, batch dims) of x and w.
 DOTS = {
@@ -58,7 +70,6 @@ CONVS = {
         {"batch_group_count": 2},
     ),
 }
-W4A8 = Linear(4, activations=8)
 # Eager JAX would compile each operation for each shape.
 quantize_array = jax.jit(quantize_array, static_argnums=(1, 2, 3))
 
@@ -126,7 +137,7 @@ def test_a_product_with_the_integers_is_the_product_with_dense(name, normal):
                 q = quantize_array(w, fmt, wc, wb)
                 assert is_native(fn, q, x)
                 yield lift(fn)(q, x), fn(q.dense(), x)
-            q = quantize_array(w, W4A8, wc, wb)
+            q = quantize_array(w, w4a8, wc, wb)
             assert is_native(fn, q, x)
             # What it computes with: rows rounded to 255 steps.
             yield lift(fn)(q, x), fn(q.dense(), rounded(x, xc))
@@ -149,7 +160,7 @@ def test_a_convolution_with_the_integers_is_the_one_with_dense(name, normal):
             q = quantize_array(w, fmt, contract)
             assert is_native(fn, q, x)
             yield lift(fn)(q, x), fn(q.dense(), x)
-        q = quantize_array(w, W4A8, contract)
+        q = quantize_array(w, w4a8, contract)
         # With groups in the batch one output has several examples: no one scale.
         native = "batch_group_count" not in CONVS[name][-1]
         assert is_native(fn, q, x) == native
@@ -163,12 +174,75 @@ def test_a_convolution_with_the_integers_is_the_one_with_dense(name, normal):
     close(jit(run)(x, w))
 
 
-def test_an_integer_convolution_with_groups_in_its_window_runs_dense(normal):
-    fn, x_shape, w_shape, contract, _ = conv_fn("nhwc")
+def test_a_convolution_with_groups_in_its_window_reads_rounded_activations(normal):
+    fn, x_shape, w_shape, contract, batch = conv_fn("nhwc")
     q = quantize_array(normal(*w_shape), w8a8.grouped(4), contract)
     x = normal(*x_shape)
-    assert not is_native(fn, q, x)
-    close([(jax.jit(lift(fn))(q, x), jax.jit(fn)(q.dense(), x))])
+    others = tuple(d for d in range(x.ndim) if d != batch)
+    expected = jax.jit(lambda q, x: fn(q.dense(), rounded(x, others)))(q, x)
+    close([(jax.jit(lift(fn))(q, x), expected)])
+
+
+def on_grid(x, grid, scale):
+    return grid.nearest(x / scale) * scale
+
+
+OTHERS = {
+    "zero point": uint4,
+    "powers": log4,
+    "table": nf4.grouped(None),
+    "floats": w8a8_fp8,
+    "powers with integers": log4.with_activations("int8"),
+    "zero point with integers": uint4.with_activations("int4"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_format_multiplies_as_its_dense_weight(name, normal):
+    fmt = OTHERS[name]
+    fn, x_shape, w_shape, contract, batch = conv_fn("nhwc")
+    others = tuple(d for d in range(len(x_shape)) if d != batch)
+
+    def near(x, shared):
+        if fmt.activations is None:
+            return x
+        grid = named(fmt.activations)
+        return on_grid(x, grid, jnp.abs(x).max(shared, keepdims=True) / grid.largest)
+
+    def run(x, w, images, kernel):
+        for weight_first in (False, True):
+            dot = dot_fn("two batch", weight_first)
+            q = quantize_array(w, fmt, (2,), (1, 3))
+            assert is_native(dot, q, x)
+            yield lift(dot)(q, x), dot(q.dense(), near(x, (3,)))
+        q = quantize_array(kernel, fmt, contract)
+        assert is_native(fn, q, images)
+        yield lift(fn)(q, images), fn(q.dense(), near(images, others))
+
+    shapes = (*DOTS["two batch"][:2], x_shape, w_shape)
+    close(jit(run)(*(normal(*s) for s in shapes)))
+
+
+@pytest.mark.parametrize("fmt", [w8a8, w8a8_fp8], ids=lambda f: f.name)
+def test_a_scale_known_beforehand_clips_what_lies_beyond_it(fmt, normal):
+    grid = named(fmt.activations)
+    dot = dot_fn("two batch", False)
+    fn, x_shape, w_shape, contract, _ = conv_fn("nhwc")
+
+    def run(x, w, images, kernel):
+        # Along the batch dims of the weight it may vary: a scan or vmap slices it.
+        q = quantize_array(w, fmt, (2,), (1, 3))
+        x_scale = (1 + jnp.arange(6.0)).reshape(1, 3, 1, 2) / grid.largest
+        q = dataclasses.replace(q, x_scale=x_scale)
+        scale = x_scale[0, :, 0, :].T[:, None, :, None]  # x has dims 1 and 3 as 2, 0
+        yield lift(dot)(q, x), dot(q.dense(), on_grid(x, grid, scale))
+        q = quantize_array(kernel, fmt, contract)
+        scale = jnp.full((1, 1, 1, 1), 0.5 / grid.largest)
+        q = dataclasses.replace(q, x_scale=scale)
+        yield lift(fn)(q, images), fn(q.dense(), on_grid(images, grid, scale))
+
+    shapes = (*DOTS["two batch"][:2], x_shape, w_shape)
+    close(jit(run)(*(normal(*s) for s in shapes)))
 
 
 def equations_of(jaxpr):
@@ -292,13 +366,17 @@ def test_narrow_activations_keep_their_dtype_and_do_not_overflow(dtype, normal):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_sums_too_long_for_32_bits_run_dense(groups):
-    assert (LONGEST_SUM + 1) * 127**2 > 2**31 - 1 >= LONGEST_SUM * 127**2
-    fmt = w8a8 if groups == 1 else w8a8.grouped(LONGEST_SUM + 1)
-    n = groups * (LONGEST_SUM + 1)
-    x, w = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, n), (n, 1)))
-    q = jax.eval_shape(lambda w: quantize_array(w, fmt, (0,)), w)
-    assert not is_native(lambda w, x: x @ w, q, x)
+def test_sums_too_long_for_32_bits_are_floating_ones(groups):
+    longest = longest_sum(Linear(8), Linear(8))
+    assert (longest + 1) * 127**2 > 2**31 - 1 >= longest * 127**2
+    for length, dtype in ((longest, jnp.int32), (longest + 1, jnp.float32)):
+        fmt = w8a8 if groups == 1 else w8a8.grouped(length)
+        n = groups * length
+        x, w = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, n), (n, 1)))
+        q = jax.eval_shape(lambda w, f=fmt: quantize_array(w, f, (0,)), w)
+        jaxpr = jax.make_jaxpr(lift(lambda w, x: x @ w))(q, x).jaxpr
+        (dot,) = (e for e in equations_of(jaxpr) if e.primitive.name == "dot_general")
+        assert dot.outvars[0].aval.dtype == dtype
 
 
 def test_products_with_what_is_no_16_bit_float_run_dense(normal):

@@ -1,0 +1,312 @@
+"""Weights and activations made easier to round, without a change of the function.
+
+Where a vector can be moved from what produces an activation to what consumes it (see
+`program.scalings`), channels that are large in one and small in the other are evened
+out. The three ways to choose the vector come from three papers; the function that
+results is the same up to rounding, and is quantized as any other.
+
+Sources: Xiao et al. 2022, arXiv:2211.10438, equation 4 (`smooth`); Nagel et al. 2019,
+arXiv:1906.04721, section 4.1 (`equalize`); Lin et al. 2023, arXiv:2306.00978, section
+3.2 (`awq`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from jaxeff import tree
+from jaxeff.program import (
+    calibrate,
+    find_uses,
+    gram,
+    Program,
+    scale_weights,
+    Scaling,
+    trace,
+)
+
+from . import scales as scaling_of
+from .formats import Format
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """A scaling whose vector can be moved into weights that sum over it.
+
+    Attributes:
+        scaling: with power 1 for the consumers.
+        consumers: (path, dim) of the weights that sum over the coupling.
+        producers: of the others.
+    """
+
+    scaling: Scaling
+    consumers: tuple[tuple[str, int], ...]
+    producers: tuple[tuple[str, int], ...]
+
+
+def moves(program: Program) -> list[Move]:
+    """The scalings of a program that move a factor into weights that sum over it."""
+    summed: dict[tuple[str, int], bool] = {}
+    for site in program.sites:
+        for d in range(len(program.shapes[site.path].shape)):
+            sums = d in site.contract
+            summed[site.path, d] = summed.get((site.path, d), True) and sums
+    found = []
+    for s in program.scalings:
+        consumers = tuple(k for k in s.powers if summed.get(k, False))
+        producers = tuple(k for k in s.powers if k not in consumers)
+        signs = {s.powers[k] for k in consumers}
+        if len(signs) != 1 or not producers:
+            continue
+        (sign,) = signs
+        if abs(sign) != 1:
+            continue
+        turned = {k: sign * e for k, e in s.powers.items()}
+        found.append(Move(dataclasses.replace(s, powers=turned), consumers, producers))
+    return found
+
+
+def smooth(
+    fn: Callable,
+    params: PyTree,
+    *args: Any,
+    batches: Iterable[tuple],
+    strength: float = 0.5,
+    only: tree.Patterns | None = None,
+    progress: bool = True,
+) -> tuple[Callable, PyTree]:
+    """Moves what makes activations hard to round into the weights they meet.
+
+    Each channel of an activation is divided by s, and the weights that sum over it
+    multiplied, with s = max|x|**strength / max|w|**(1 - strength), over the data and
+    over all weights that read the channel.
+
+    Args:
+        fn, params, args: as for `quantize`; the weights are dense.
+        batches: tuples of arguments to calibrate with, all of the same shapes.
+        strength: 0 evens out the weights, 1 the activations.
+        only: patterns of the weights that read what is to be smoothed; by default
+            every weight with which that is possible.
+        progress: whether to show a bar, if there is a terminal.
+
+    Returns:
+        `fn` and the new weights, which compute the same up to rounding.
+
+    Raises:
+        ValueError: `strength` is outside [0, 1]; there is no data; or nothing of what
+            is named can be smoothed.
+
+    Source: Xiao et al. 2022, arXiv:2211.10438, equation 4.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is a share, in [0, 1], got {strength}.")
+    program = trace(fn, params, *args)
+    able = _readable(fn, params, args)
+    chosen = _chosen(program, only, able)
+    tops = {id(m): np.zeros(m.scaling.size, np.float32) for m in chosen}
+
+    def look(part, w, top):
+        for m, index in _columns(program, chosen, part):
+            np.maximum.at(tops[id(m)], index[index >= 0], np.asarray(top)[index >= 0])
+        return w
+
+    calibrate(
+        fn,
+        params,
+        batches,
+        weights=sorted({path for m in chosen for path, _ in m.consumers}),
+        statistic=lambda x: jnp.max(jnp.abs(x), axis=1),
+        combine=jnp.maximum,
+        update=look,
+        progress=progress,
+    )
+    new = params
+    for m in chosen:
+        w = _largest(program, params, m, m.consumers)
+        s = _floor(tops[id(m)]) ** strength / _floor(w) ** (1 - strength)
+        new = scale_weights(new, program.couplings, m.scaling, jnp.asarray(_even(s)))
+    return fn, new
+
+
+def equalize(
+    fn: Callable, params: PyTree, *args: Any, only: tree.Patterns | None = None
+) -> tuple[Callable, PyTree]:
+    """Evens out the channels of consecutive weights; needs no data.
+
+    With r1[c] the largest weight that makes channel c and r2[c] the largest that reads
+    it, both become sqrt(r1 r2).
+
+    Args:
+        fn, params, args: as for `quantize`; the weights are dense.
+        only: patterns of the weights that read the channels; by default every weight
+            with which that is possible.
+
+    Returns:
+        `fn` and the new weights, which compute the same up to rounding.
+
+    Raises:
+        ValueError: nothing of what is named can be equalised.
+
+    Source: Nagel et al. 2019, arXiv:1906.04721, equation 11.
+    """
+    program = trace(fn, params, *args)
+    makes = {(s.path, d) for s in program.sites for d in s.output}
+    pairs = [m for m in moves(program) if any(k in makes for k in m.producers)]
+    new = params
+    for m in _chosen(program, only, None, pairs):
+        first = [k for k in m.producers if k in makes]
+        r1, r2 = (_largest(program, params, m, k) for k in (first, m.consumers))
+        s = np.sqrt(_floor(r1) / _floor(r2))
+        new = scale_weights(new, program.couplings, m.scaling, jnp.asarray(s))
+    return fn, new
+
+
+def rescale_by_error(
+    fn: Callable,
+    params: PyTree,
+    args: tuple,
+    batches: Iterable[tuple],
+    formats: dict[str, tuple[Format, tuple[int, ...], tuple[int, ...]]],
+    *,
+    steps: int,
+    fit: str,
+    progress: bool,
+) -> PyTree:
+    """The weights scaled along their inputs so that rounding costs the outputs least.
+
+    For each activation that several weights may read, s = rms(x)**a with the a in
+    0 ... 1 for which their outputs, once rounded, err least.
+
+    Args:
+        fn, params, args, batches: as for `quantize`.
+        formats: for each weight its format, and the dims that share and do not share
+            a scale.
+        steps: values of a to try, from 0 on.
+        fit: how scales are found, see `scales.fit`.
+        progress: whether to show a bar, if there is a terminal.
+
+    Source: Lin et al. 2023, arXiv:2306.00978, section 3.2 (there with the mean
+    magnitude in place of the root of the mean square).
+    """
+    program = trace(fn, params, *args)
+    able = _readable(fn, params, args) & set(formats)
+    chosen = [m for m in moves(program) if all(path in able for path, _ in m.consumers)]
+    shares = np.arange(steps) / max(1, steps - 1)
+    errors = {id(m): np.zeros(steps) for m in chosen}
+    sizes = {id(m): np.zeros(m.scaling.size, np.float32) for m in chosen}
+
+    def look(part, w, h):
+        format, contract, batch = formats[part.path]
+        rms = np.sqrt(np.asarray(jnp.diagonal(h, axis1=1, axis2=2)))
+        for m, index in _columns(program, chosen, part):
+            np.maximum.at(sizes[id(m)], index[index >= 0], rms[index >= 0])
+            each = np.where(index >= 0, _floor(rms), 1.0)
+            group = format.group or part.cols
+            shared = (1, 1, group if part.cols % group == 0 else part.cols)
+            for i, a in enumerate(shares):
+                by = jnp.asarray(_even(each**a))[:, None]
+                errors[id(m)][i] += float(_lost(w, h, by, format, shared, fit))
+        return w
+
+    calibrate(
+        fn,
+        params,
+        batches,
+        weights=sorted({path for m in chosen for path, _ in m.consumers}),
+        statistic=gram,
+        update=look,
+        progress=progress,
+    )
+    new = params
+    for m in chosen:
+        a = shares[int(np.argmin(errors[id(m)]))]
+        s = jnp.asarray(_even(_floor(sizes[id(m)]) ** a))
+        new = scale_weights(new, program.couplings, m.scaling, s)
+    return new
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _lost(
+    w: Float[Array, "groups rows cols"],
+    h: Float[Array, "groups cols cols"],
+    by: Float[Array, "groups 1 cols"],
+    format: Format,
+    shared: tuple[int, ...],
+    fit: str,
+) -> Float[Array, ""]:
+    """The squared error of outputs when weights times `by` are rounded."""
+    found = scaling_of.fit(w * by, format, shared, (0,), method=fit)
+    off = scaling_of.apply(w * by, found, format.grid) / by - w
+    return jnp.einsum("grc,gcd,grd->", off, h, off, precision="highest")
+
+
+def _readable(fn: Callable, params: PyTree, args: tuple) -> set[str]:
+    """The weights of whose inputs a statistic can be taken."""
+    candidates = find_uses(fn, params, args).candidates
+    return {p for p, c in candidates.items() if not c.reason and not c.looked_up}
+
+
+def _chosen(
+    program: Program,
+    only: tree.Patterns | None,
+    able: set[str] | None,
+    given: list[Move] | None = None,
+) -> list[Move]:
+    """The moves whose consumers are named, and can be seen."""
+    found = moves(program) if given is None else given
+    paths = {path for m in found for path, _ in m.consumers}
+    named = paths if only is None else set(tree.match(only, program.shapes))
+    ok = lambda path: path in named and (able is None or path in able)
+    found = [m for m in found if all(ok(path) for path, _ in m.consumers)]
+    if not found:
+        raise ValueError(
+            f"none of the {len(named)} weights reads channels that can be scaled where "
+            "they are made, and back here, without changing the function: between "
+            "them lies an operation that passes no factor on (gelu, softmax, a norm "
+            "without a scale). `trace(fn, params, *args).scalings` lists those that "
+            "can."
+        )
+    return found
+
+
+def _columns(program: Program, chosen: list[Move], part: Any) -> Any:
+    """For the moves into a part, which index of the coupling each column is; or -1."""
+    first = np.asarray(part.elements)[:, 0, :]
+    where = np.unravel_index(first, program.shapes[part.path].shape)
+    for m in chosen:
+        for path, d in m.consumers:
+            if path != part.path:
+                continue
+            for name, index in program.couplings.occurrences(path, d):
+                if name == m.scaling.coupling:
+                    yield m, index[where[d]]
+
+
+def _largest(program: Program, params: PyTree, m: Move, keys: Any) -> np.ndarray:
+    """For each index of a coupling the largest magnitude in those dims of weights."""
+    weights, top = tree.paths(params), np.zeros(m.scaling.size, np.float32)
+    for path, d in keys:
+        w = np.abs(np.asarray(weights[path], np.float32))
+        line = w.max(tuple(i for i in range(w.ndim) if i != d))
+        for name, index in program.couplings.occurrences(path, d):
+            if name == m.scaling.coupling:
+                np.maximum.at(top, index[index >= 0], line[index >= 0])
+    return top
+
+
+def _floor(x: Any) -> np.ndarray:
+    """Channels that are never used count as the smallest that is."""
+    x = np.asarray(x, np.float32)
+    used = x[x > 0]
+    return np.maximum(x, max(used.min(), 1e-5 * x.max()) if used.size else 1.0)
+
+
+def _even(s: np.ndarray) -> np.ndarray:
+    """With the largest and the smallest as far from 1."""
+    return (s / np.sqrt(s.max() * s.min())).astype(np.float32)

@@ -1,0 +1,261 @@
+"""Formats and algorithms of quantization side by side, on trained models.
+
+    PYTHONPATH=. python scripts/bench/quantization.py --data DIR
+
+ResNet-20 by accuracy on all 10,000 CIFAR-10 test images, every kernel in the format;
+a language model of 260 thousand weights by perplexity, on text it wrote itself
+(sampled with other seeds than the text it was calibrated with) and on Tiny
+Shakespeare, which it never saw. Calibrated with training images and text; nothing is
+trained but the rows called QAT (ResNet-20, distilled from the float32 model on the
+20,000 training images). Each finished row is in `--output`, and a second run goes on
+from there.
+
+DIR holds stories260k, tiny_shakespeare, resnet20_cifar10 and cifar10.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+
+from jaxeff import data, quantization as q, tree
+from jaxeff.distillation import response_loss, taught
+from jaxeff.parallelism import batch_sharding, make_mesh, replicate
+from jaxeff.program import like
+from jaxeff.quantization import Codebook, Format, Linear, Logarithmic
+from jaxeff.training import (
+    accuracy,
+    classifier,
+    fit,
+    forms,
+    init_state,
+    make_train_step,
+)
+from jaxeff.training.cli import main
+from jaxeff.training.results import about, write_json
+from scripts.bench.subjects import perplexity, Pictures, resnet20, stories
+
+NEAREST: dict[str, Callable] = {
+    "nearest": q.quantize,
+    "least error": functools.partial(q.quantize, fit="mse"),
+    "least output error": functools.partial(q.quantize, fit="output"),
+}
+FITTED: dict[str, Callable] = {"GPTQ": q.gptq, "AdaRound": q.adaround}
+log4_2 = Format(Logarithmic(4))
+uint3 = Format(Linear(3, symmetric=False))
+STATIC = "mse"  # how the range of activations is found
+
+# By format, the algorithms that it is measured with.
+PICTURES: dict[Any, tuple[str, ...]] = {
+    q.int8: ("nearest",),
+    q.w8a8: ("nearest",),
+    q.int8.with_activations("int8", range=STATIC): ("nearest",),
+    q.fp8: ("nearest",),
+    q.w8a8_fp8: ("nearest",),
+    Format(Linear(6)): ("nearest",),
+    q.int4: (*NEAREST, *FITTED),
+    q.uint4: ("nearest", "GPTQ", "AdaRound"),
+    q.int4.per_tensor(): ("nearest", "least error", "GPTQ"),
+    q.int4.with_activations("int8", range=STATIC): ("nearest", "GPTQ", "AdaRound"),
+    log4_2: ("nearest", "least error", "GPTQ"),
+    q.log4: (*NEAREST, *FITTED),
+    Codebook(4): ("nearest", "least output error"),
+    Codebook(3): ("nearest", "least output error"),
+    q.int3: (*NEAREST, *FITTED, "QAT"),
+    uint3: ("nearest", "GPTQ", "AdaRound"),
+    Format(Linear(2, narrow=False)): ("nearest", *FITTED, "QAT"),
+    q.int2: ("nearest", *FITTED, "QAT"),
+}
+GROUP = 32
+TEXTS: dict[Any, tuple[str, ...]] = {
+    q.int8: ("nearest",),
+    q.int4.grouped(GROUP): (*NEAREST, *FITTED),
+    q.uint4.grouped(GROUP): ("nearest", "GPTQ", "AdaRound"),
+    q.nf4.grouped(GROUP): ("nearest", "GPTQ"),
+    q.mxfp4: ("nearest", "GPTQ"),
+    q.nvfp4: ("nearest", "GPTQ"),
+    q.int3.grouped(GROUP): (*NEAREST, *FITTED),
+    uint3.grouped(GROUP): ("nearest", "GPTQ", "AdaRound"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options."""
+
+    data: Path
+    """Folder with the four data sets."""
+    only: tuple[str, ...] = ()
+    """Only these of resnet20, own, tiny shakespeare; all by default."""
+    images: int = 1024
+    """Training images to calibrate with."""
+    sequences: int = 128
+    """Of the language model: to calibrate with, and as many to measure."""
+    length: int = 256
+    """Tokens in each."""
+    batch: int = 64
+    """Sequences or images at a time."""
+    epochs: float = 5
+    """Of QAT, over the 20,000 training images."""
+    learning_rate: float = 2e-3
+    """Of QAT, at its peak."""
+    output: Path = Path("benchmarks/quantization.json")
+    """JSON file for the results, and to go on from."""
+
+
+def run(c: Config) -> None:
+    """Every row that is not there yet; then the tables."""
+    table = Table(c)
+    if table.wants("resnet20"):
+        subject = resnet20(c.data)
+        fn, params = subject.model.apply, subject.params
+        score = lambda fn, p: accuracy(fn, p, subject.test, 500)
+        batches = subject.batches(c.images, c.batch)
+        table.fill("resnet20", fn, params, batches, score, PICTURES, "**/kernel", {
+            "QAT": functools.partial(trained, c, subject)
+        })  # fmt: skip
+    if table.wants("own") or table.wants("tiny shakespeare"):
+        model, params, texts = stories(c.data, c.sequences, c.length)
+        for name, (known, unseen) in texts.items():
+            if table.wants(name):
+                score = lambda fn, p, x=unseen: perplexity(fn, p, x, c.batch)
+                batches = [
+                    (jnp.asarray(known[i : i + c.batch, :-1]),)
+                    for i in range(0, c.sequences, c.batch)
+                ]
+                table.fill(name, model.apply, params, batches, score, TEXTS, "**", {})
+    print("\n".join(table.lines()))
+
+
+class Table:
+    """The rows, in the file that they are in."""
+
+    def __init__(self, c: Config):
+        self.c = c
+        path = c.output
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        names = ("images", "sequences", "length", "batch", "epochs", "learning_rate")
+        self.options = {n: getattr(c, n) for n in names}
+        if found and found["options"] != self.options:
+            raise ValueError(
+                f"{path} holds rows made with {found['options']}, and now it is "
+                f"{self.options}. Name another --output."
+            )
+        self.rows: list[dict[str, Any]] = found.get("rows", [])
+
+    def wants(self, subject: str) -> bool:
+        """Whether that is asked for."""
+        return not self.c.only or subject in self.c.only
+
+    def fill(
+        self,
+        subject: str,
+        fn: Callable,
+        params: Any,
+        batches: list[tuple],
+        score: Callable,
+        formats: dict[Any, tuple[str, ...]],
+        pattern: str,
+        more: dict[str, Callable],
+    ) -> None:
+        """Adds the rows of a subject that are missing."""
+        known = {(r["subject"], r["format"], r["algorithm"]) for r in self.rows}
+        if (subject, "float32", "") not in known:
+            self.add(subject, "float32", "", score(fn, params), params, params, 0.0)
+        algorithms = {**NEAREST, **FITTED, **more}
+        for fmt, names in formats.items():
+            for name in names:
+                if (subject, fmt.name, name) in known:
+                    continue
+                begin = time.perf_counter()
+                new_fn, new = algorithms[name](
+                    fn, params, *batches[0], formats={pattern: fmt}, batches=batches
+                )
+                jax.block_until_ready(new)
+                seconds = time.perf_counter() - begin
+                value = score(new_fn, new)
+                self.add(subject, fmt.name, name, value, params, new, seconds)
+
+    def add(
+        self,
+        subject: str,
+        fmt: str,
+        algorithm: str,
+        value: float,
+        params: Any,
+        new: Any,
+        seconds: float,
+    ) -> None:
+        """One row, printed and written."""
+        n = sum(x.size for x in jax.tree.leaves(params))
+        row = {
+            "subject": subject,
+            "format": fmt,
+            "algorithm": algorithm,
+            "score": value,
+            "bits": 8 * tree.tree_bytes(new) / n,
+            "bytes": tree.tree_bytes(new),
+            "seconds": seconds,
+        }
+        self.rows.append(row)
+        write_json(
+            self.c.output, about() | {"options": self.options, "rows": self.rows}
+        )
+        print(_line(row), flush=True)
+
+    def lines(self) -> list[str]:
+        """The tables."""
+        return [_line(r) for r in self.rows]
+
+
+def _line(r: dict[str, Any]) -> str:
+    score = f"{r['score']:8.2%}" if r["subject"] == "resnet20" else f"{r['score']:8.3f}"
+    return (
+        f"{r['subject']:17} {r['format']:24} {r['algorithm']:19} {score}  "
+        f"{r['bits']:5.2f} bits  {r['bytes']:>9,} bytes  {r['seconds']:6.1f} s"
+    )
+
+
+def trained(
+    c: Config,
+    subject: Pictures,
+    fn: Callable,
+    params: Any,
+    *args: Any,
+    formats: Any,
+    batches: list[tuple],
+) -> tuple[Callable, Any]:
+    """Quantization-aware training: the float32 model is the teacher."""
+    fn, train_fn = forms(subject.model, params)
+    q_fn, student = q.fake_quantize(fn, params, *args, formats=formats, batches=batches)
+    forward = classifier(like(q_fn, train_fn), augment=data.augmentation(subject.train))
+    steps = round(c.epochs * data.steps_per_epoch(subject.train, 128))
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, c.learning_rate, max(1, steps // 20), max(2, steps)
+    )
+    tx, mesh = optax.adamw(rate, weight_decay=1e-4), make_mesh()
+    loss = response_loss(forward, fn, temperature=4.0)
+    step = make_train_step(loss, tx, trainable="params/**")
+    state = init_state(student, tx, jr.key(0), trainable="params/**")
+    images = data.prefetch(
+        data.batches(subject.train, 128, seed=0), batch_sharding(mesh, 128)
+    )
+    state = fit(
+        taught(step, replicate(params, mesh)),
+        replicate(state, mesh),
+        images,
+        steps=steps,
+    )
+    return q_fn, q.convert(state.params)
+
+
+if __name__ == "__main__":
+    main(run, Config, description=__doc__)

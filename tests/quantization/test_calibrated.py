@@ -1,0 +1,186 @@
+"""Models rounded with data, weight after weight."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxeff import tree
+from jaxeff.program import dense, is_leaf
+from jaxeff.quantization import (
+    adaround,
+    Codebook,
+    gptq,
+    int4,
+    int8,
+    log4,
+    nvfp4,
+    QArray,
+    quantize,
+    uint4,
+    unfitted,
+    w4a8,
+)
+from tests.quantization.problems import problem
+
+DOTS = {"a": (40, 24), "b": (24, 40)}
+
+
+def mlp(params, x):
+    return jnp.tanh(x @ params["a"]) @ params["b"]
+
+
+def make(seed=0):
+    rng = np.random.default_rng(seed)
+    params = {
+        k: jnp.asarray(rng.normal(size=s) / 5, jnp.float32) for k, s in DOTS.items()
+    }
+    return params, problem(seed=seed)[1]
+
+
+def off(fn, params, q_fn, q, x):
+    y = fn(params, x)
+    return float(jnp.linalg.norm(q_fn(q, x) - y) / jnp.linalg.norm(y))
+
+
+METHODS = {
+    "gptq": gptq,
+    "adaround": lambda *a, **k: adaround(*a, **k, steps=1000),
+    "groups on the way": lambda *a, **k: gptq(*a, **k, static_groups=False),
+}
+FORMATS = [int4, int4.grouped(8), uint4.grouped(8), log4, nvfp4.grouped(8), w4a8]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_the_model_is_nearer_than_by_rounding_to_the_nearest(method, fmt):
+    if method == "groups on the way" and (fmt.scale != "float32" or not fmt.group):
+        pytest.skip("has no groups of float32 scales")
+    params, x = make()
+    given = {"formats": {"*": fmt}, "batches": [(x[:150],), (x[150:],)]}
+    plain = quantize(mlp, params, x, formats={"*": fmt}, fit="mse")
+    fitted = METHODS[method](mlp, params, x, **given)
+    assert off(mlp, params, *fitted, x) < 0.9 * off(mlp, params, *plain, x)
+    # What is stored has the form that rounding to the nearest gives it.
+    assert jax.tree.structure(fitted[1]) == jax.tree.structure(plain[1])
+    for ours, theirs in zip(*map(jax.tree.leaves, (fitted[1], plain[1])), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+
+
+def layers(params, x):
+    return jax.lax.scan(lambda x, p: (mlp(p, x), None), x, params)[0]
+
+
+def looped(params, x):
+    for p in params:
+        x = mlp(p, x)
+    return x
+
+
+@pytest.mark.parametrize("fmt", [int4.grouped(8), uint4, nvfp4.grouped(8)], ids=str)
+def test_a_scan_is_rounded_as_the_loop_it_stands_for(fmt):
+    loop = [make(seed)[0] for seed in range(3)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *loop)
+    x = make()[1]
+    one = gptq(looped, loop, x, batches=[(x,)], formats={"**": fmt})[1]
+    all = gptq(layers, stacked, x, batches=[(x,)], formats={"**": fmt})[1]
+    for name in DOTS:
+        expected = np.stack([p[name].dense() for p in one])
+        np.testing.assert_allclose(all[name].dense(), expected, atol=1e-6)
+
+
+def fused(params, x):
+    q, k = jnp.split(x @ params["w"], 2, axis=1)
+    return q * jnp.tanh(k)
+
+
+def parted(params, x):
+    return (x @ params["w"][:, :16]) * jnp.tanh(x @ params["w"][:, 16:])
+
+
+def test_parts_of_a_fused_weight_keep_the_scales_of_their_own():
+    w, x = problem(rows=32)
+    params = {"w": w.T}
+    whole = gptq(fused, params, x, batches=[(x,)], formats=int4.grouped(8))[1]
+    parts = gptq(parted, params, x, batches=[(x,)], formats=int4.grouped(8))[1]
+    np.testing.assert_array_equal(whole["w"].dense(), parts["w"].dense())
+
+
+def conv(params, x):
+    y = jax.nn.relu(jax.lax.conv(x, params["a"], (1, 1), "SAME"))
+    return jax.lax.conv(y, params["b"], (2, 2), "SAME")
+
+
+@pytest.mark.parametrize("method", ["gptq", "adaround"])
+@pytest.mark.parametrize("fmt", [int4, int4.per_tensor()], ids=lambda f: f.name)
+def test_convolutions_are_rounded_too(method, fmt):
+    rng = np.random.default_rng(0)
+    draw = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)
+    params = {"a": draw(8, 3, 3, 3), "b": draw(4, 8, 3, 3)}
+    x = jnp.cumsum(draw(8, 3, 9, 9), axis=2) / 3
+    plain = quantize(conv, params, x, formats=fmt, fit="mse")
+    fitted = METHODS[method](conv, params, x, formats=fmt, batches=[(x,)])
+    assert off(conv, params, *fitted, x) < 0.85 * off(conv, params, *plain, x)
+    assert fitted[1]["a"].scale.shape == plain[1]["a"].scale.shape
+
+
+def test_what_is_looked_up_is_rounded_to_the_nearest_and_told():
+    params, x = make()
+    tied = lambda p, i: jnp.tanh(p["a"][i] @ p["b"]) @ p["a"]
+    params = {"a": params["b"].T[:, :24], "b": params["b"][:, :40]}
+    tied = lambda p, i: (p["a"][i] @ p["b"]) @ p["a"]
+    ids = jnp.arange(30) % 40
+    why = unfitted(tied, params, ids, formats=int4)
+    assert list(why) == ["a"] and "looked up too" in why["a"]
+    _, q = gptq(tied, params, ids, batches=[(ids,)], formats=int4)
+    _, plain = quantize(tied, params, ids, formats=int4, fit="mse")
+    np.testing.assert_array_equal(q["a"].dense(), plain["a"].dense())
+    assert not np.array_equal(q["b"].dense(), plain["b"].dense())
+
+
+def test_some_weights_only_and_others_in_other_formats():
+    params, x = make()
+    formats = {"a": int4, "b": None}
+    _, q = gptq(mlp, params, x, batches=[(x,)], formats=formats)
+    assert isinstance(q["a"], QArray) and q["b"] is params["b"]
+    _, q = gptq(mlp, params, x, batches=[(x,)], formats={"a": Codebook(4), "b": int8})
+    assert tree.paths(q, is_leaf)["a"].format == "codebook4"
+
+
+def test_each_weight_sees_what_the_rounded_ones_before_it_compute():
+    params, x = make()
+    _, both = gptq(mlp, params, x, batches=[(x,)], formats=int4)
+    second = lambda p, h: h @ p["b"]
+    h = jnp.tanh(x @ dense(both)["a"])
+    _, alone = gptq(second, {"b": params["b"]}, h, batches=[(h,)], formats=int4)
+    np.testing.assert_allclose(both["b"].dense(), alone["b"].dense(), atol=1e-6)
+
+
+BAD = {
+    "no data": (gptq, {"batches": []}, "calibration needs data, got no batch"),
+    "block": (gptq, {"block": 0}, "block >= 1 and damping > 0, got 0"),
+    "damping": (gptq, {"damping": 0.0}, "got 128 and 0.0: the paper takes"),
+    "steps": (adaround, {"steps": 0}, "1 step or more, got 0"),
+    "groups": (
+        gptq,
+        {"formats": nvfp4.grouped(8), "static_groups": False},
+        "those of e2m1 groups of 8, e4m3 scales are not here",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_line(name):
+    method, options, message = BAD[name]
+    params, x = make()
+    given = {"batches": [(x,)], "formats": int4, **options}
+    with pytest.raises(ValueError, match=message) as e:
+        method(mlp, params, x, **given)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_inputs_that_are_not_finite_are_an_error_that_says_where(bad):
+    params, x = make()
+    with pytest.raises(ValueError, match="what flows into a at .* is not finite"):
+        gptq(mlp, params, x, batches=[(x.at[3, 4].set(bad),)], formats=int4)
