@@ -77,7 +77,7 @@ def smooth(
     params: PyTree,
     *args: Any,
     batches: Iterable[tuple],
-    strength: float = 0.5,
+    strength: float | int = 0.5,
     only: tree.Patterns | None = None,
     progress: bool = True,
 ) -> tuple[Callable, PyTree]:

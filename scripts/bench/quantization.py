@@ -6,9 +6,9 @@ ResNet-20 by accuracy on all 10,000 CIFAR-10 test images, every kernel in the fo
 a language model of 260 thousand weights by perplexity, on text it wrote itself
 (sampled with other seeds than the text it was calibrated with) and on Tiny
 Shakespeare, which it never saw. Calibrated with training images and text; nothing is
-trained but the rows called QAT (ResNet-20, distilled from the float32 model on the
-20,000 training images). Each finished row is in `--output`, and a second run goes on
-from there.
+trained but the rows called QAT: distilled from the float32 model on the 20,000
+training images, or on the text that others are calibrated with. Each finished row is
+in `--output`, and a second run goes on from there.
 
 DIR holds stories260k, tiny_shakespeare, resnet20_cifar10 and cifar10.
 """
@@ -24,10 +24,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
 
 from jaxeff import data, quantization as q, tree
-from jaxeff.distillation import response_loss, taught
+from jaxeff.distillation import distill_loss, response_loss, taught
 from jaxeff.parallelism import batch_sharding, make_mesh, replicate
 from jaxeff.program import like
 from jaxeff.quantization import Codebook, Format, Linear, Logarithmic
@@ -49,6 +50,10 @@ NEAREST: dict[str, Callable] = {
     "least output error": functools.partial(q.quantize, fit="output"),
 }
 FITTED: dict[str, Callable] = {"GPTQ": q.gptq, "AdaRound": q.adaround}
+OTHERS: dict[str, Callable] = {
+    "HQQ": functools.partial(q.quantize, fit="hqq"),
+    "AWQ": q.awq,
+}
 log4_2 = Format(Logarithmic(4))
 uint3 = Format(Linear(3, symmetric=False))
 STATIC = "mse"  # how the range of activations is found
@@ -75,16 +80,33 @@ PICTURES: dict[Any, tuple[str, ...]] = {
     q.int2: ("nearest", *FITTED, "QAT"),
 }
 GROUP = 32
+EVERY = (*NEAREST, "HQQ", "AWQ", *FITTED)
 TEXTS: dict[Any, tuple[str, ...]] = {
     q.int8: ("nearest",),
-    q.int4.grouped(GROUP): (*NEAREST, *FITTED),
-    q.uint4.grouped(GROUP): ("nearest", "GPTQ", "AdaRound"),
+    q.w8a8: ("nearest",),
+    q.int4.grouped(GROUP): (*NEAREST, "AWQ", *FITTED, "QAT"),
+    q.uint4.grouped(GROUP): EVERY,
     q.nf4.grouped(GROUP): ("nearest", "GPTQ"),
     q.mxfp4: ("nearest", "GPTQ"),
     q.nvfp4: ("nearest", "GPTQ"),
-    q.int3.grouped(GROUP): (*NEAREST, *FITTED),
-    uint3.grouped(GROUP): ("nearest", "GPTQ", "AdaRound"),
+    q.int3.grouped(GROUP): (*NEAREST, "AWQ", *FITTED, "QAT"),
+    uint3.grouped(GROUP): EVERY,
 }
+
+
+def kernels(fmt: Any) -> dict[str, Any]:
+    """The format for every kernel of the ResNet."""
+    return {"**/kernel": fmt}
+
+
+def products(fmt: Any) -> dict[str, Any]:
+    """The format for every product of the language model but the tied embedding.
+
+    That stays in 8 bits, as is the custom. The 172 inputs of one kernel are no
+    multiple of the group: they are cut in four.
+    """
+    down = fmt.grouped(43) if fmt.group else fmt
+    return {"**/embedding": q.int8, "**/down/kernel": down, "**": fmt}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +129,10 @@ class Config:
     """Of QAT, over the 20,000 training images."""
     learning_rate: float = 2e-3
     """Of QAT, at its peak."""
+    text_steps: int = 400
+    """Of QAT of the language model, 16 sequences each."""
+    text_learning_rate: float = 1e-3
+    """Of QAT of the language model, at its beginning."""
     output: Path = Path("benchmarks/quantization.json")
     """JSON file for the results, and to go on from."""
 
@@ -119,9 +145,8 @@ def run(c: Config) -> None:
         fn, params = subject.model.apply, subject.params
         score = lambda fn, p: accuracy(fn, p, subject.test, 500)
         batches = subject.batches(c.images, c.batch)
-        table.fill("resnet20", fn, params, batches, score, PICTURES, "**/kernel", {
-            "QAT": functools.partial(trained, c, subject)
-        })  # fmt: skip
+        more = {"QAT": functools.partial(trained, c, subject)}
+        table.fill("resnet20", fn, params, batches, score, PICTURES, kernels, more)
     if table.wants("own") or table.wants("tiny shakespeare"):
         model, params, texts = stories(c.data, c.sequences, c.length)
         for name, (known, unseen) in texts.items():
@@ -131,7 +156,9 @@ def run(c: Config) -> None:
                     (jnp.asarray(known[i : i + c.batch, :-1]),)
                     for i in range(0, c.sequences, c.batch)
                 ]
-                table.fill(name, model.apply, params, batches, score, TEXTS, "**", {})
+                more = {"QAT": functools.partial(trained_text, c)}
+                fn = model.apply
+                table.fill(name, fn, params, batches, score, TEXTS, products, more)
     print("\n".join(table.lines()))
 
 
@@ -142,8 +169,9 @@ class Table:
         self.c = c
         path = c.output
         found = json.loads(path.read_text()) if path.is_file() else {}
-        names = ("images", "sequences", "length", "batch", "epochs", "learning_rate")
-        self.options = {n: getattr(c, n) for n in names}
+        other = ("data", "only", "output")
+        given = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)}
+        self.options = {n: x for n, x in given.items() if n not in other}
         if found and found["options"] != self.options:
             raise ValueError(
                 f"{path} holds rows made with {found['options']}, and now it is "
@@ -163,21 +191,21 @@ class Table:
         batches: list[tuple],
         score: Callable,
         formats: dict[Any, tuple[str, ...]],
-        pattern: str,
+        spread: Callable[[Any], dict[str, Any]],
         more: dict[str, Callable],
     ) -> None:
         """Adds the rows of a subject that are missing."""
         known = {(r["subject"], r["format"], r["algorithm"]) for r in self.rows}
         if (subject, "float32", "") not in known:
             self.add(subject, "float32", "", score(fn, params), params, params, 0.0)
-        algorithms = {**NEAREST, **FITTED, **more}
+        algorithms = {**NEAREST, **FITTED, **OTHERS, **more}
         for fmt, names in formats.items():
             for name in names:
                 if (subject, fmt.name, name) in known:
                     continue
                 begin = time.perf_counter()
                 new_fn, new = algorithms[name](
-                    fn, params, *batches[0], formats={pattern: fmt}, batches=batches
+                    fn, params, *batches[0], formats=spread(fmt), batches=batches
                 )
                 jax.block_until_ready(new)
                 seconds = time.perf_counter() - begin
@@ -255,6 +283,32 @@ def trained(
         steps=steps,
     )
     return q_fn, q.convert(state.params)
+
+
+def trained_text(
+    c: Config, fn: Callable, params: Any, *args: Any, formats: Any, batches: list[tuple]
+) -> tuple[Callable, Any]:
+    """The same for the language model, on the text to calibrate with."""
+    q_fn, student = q.fake_quantize(fn, params, *args, formats=formats, batches=batches)
+    train, frozen = tree.partition(student)
+    rate = optax.cosine_decay_schedule(c.text_learning_rate, c.text_steps)
+    tx = optax.adam(rate)
+
+    @jax.jit
+    def step(train, state, tokens):
+        def loss(train):
+            logits = q_fn(tree.combine(train, frozen), tokens)
+            return distill_loss(logits, fn(params, tokens), temperature=1.0).mean()
+
+        updates, state = tx.update(jax.grad(loss)(train), state, train)
+        return optax.apply_updates(train, updates), state
+
+    state, tokens = tx.init(train), jnp.concatenate([b[0] for b in batches])
+    order = np.random.default_rng(0)
+    for _ in range(c.text_steps):
+        chosen = order.choice(len(tokens), 16, replace=False)
+        train, state = step(train, state, tokens[chosen])
+    return q_fn, q.convert(tree.combine(train, frozen))
 
 
 if __name__ == "__main__":
