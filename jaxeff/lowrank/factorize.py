@@ -94,7 +94,7 @@ def choose(
         uses[site.path].append((site, at[site.where]))
     out: dict[str, Factored | str] = {}
     for path, w in weights.items():
-        cut = _cut(w, uses[path])
+        cut = cut_of(w, uses[path])
         if isinstance(cut, str) or path not in asked:
             out[path] = cut if isinstance(cut, str) else "no pattern matches it"
         else:
@@ -119,7 +119,7 @@ def choose(
     return out
 
 
-def _cut(w: Any, uses: list[tuple[Site, JaxprEqn]]) -> Cut | str:
+def cut_of(w: Any, uses: list[tuple[Site, JaxprEqn]]) -> Cut | str:
     """How to cut a weight so that every use of it is cheaper, or why it can't be."""
     if is_leaf(w):
         return ALREADY
@@ -127,14 +127,14 @@ def _cut(w: Any, uses: list[tuple[Site, JaxprEqn]]) -> Cut | str:
         return "it is no floating-point array"
     if not uses:
         return "no product, convolution or look-up uses it"
-    cuts = {_cut_of(site, eqn, w.ndim) for site, eqn in uses}
+    cuts = {_cut_at(site, eqn, w.ndim) for site, eqn in uses}
     reasons = [cut for cut in cuts if isinstance(cut, str)]
     if reasons:
         return reasons[0]
     return cuts.pop() if len(cuts) == 1 else "its uses would cut it in different places"
 
 
-def _cut_of(site: Site, eqn: JaxprEqn, ndim: int) -> Cut | str:
+def _cut_at(site: Site, eqn: JaxprEqn, ndim: int) -> Cut | str:
     contract, output, batch = site.contract, site.output, site.batch
     if site.primitive == "gather":
         # A look-up of rows: the rows are one side, what they hold is the other.

@@ -30,6 +30,7 @@ from .formats import (
 )
 from .linear import Linear as Linear
 from .logarithmic import Logarithmic as Logarithmic
+from .low_precision import low_precision as low_precision
 from .qat import (
     convert as convert,
     fake_quantize as fake_quantize,

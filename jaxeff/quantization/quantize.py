@@ -73,7 +73,7 @@ def quantize(
     Raises:
         ValueError: a pattern matches no weight, or none that can be quantized; a
             format is none, or does not fit a weight; it needs data, and there is
-            none.
+            none; a weight is not finite.
     """
     check_formats(formats)
     choices = choose(fn, params, args, formats)
@@ -133,6 +133,7 @@ def apply(
             by = importance.get(c.path)
             round_it = lambda w: _round(w, c.format, c.contract, c.batch, fit, by)
         shape_only = isinstance(x, jax.ShapeDtypeStruct)
+        _check_finite(c.path, x)
         q = jax.eval_shape(round_it, x) if shape_only else round_it(x)
         if c.path in x_scales:
             q = dataclasses.replace(q, x_scale=x_scales[c.path])
@@ -140,6 +141,18 @@ def apply(
 
     new_values = [new(x, c) for x, c in zip(values, choices, strict=True)]
     return jax.tree.unflatten(treedef, new_values)
+
+
+def _check_finite(path: str, x: Any) -> None:
+    """Refuses NaN and infinities, where the numbers are there to be seen."""
+    if isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer):
+        return
+    bad = int(jnp.sum(~jnp.isfinite(x)))
+    if bad:
+        raise ValueError(
+            f"{bad} of the {x.size:,} numbers of {path} are NaN or infinite, so no "
+            "scale fits it. Check the training, or leave the weight out."
+        )
 
 
 _round = jax.jit(

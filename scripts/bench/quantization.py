@@ -129,7 +129,7 @@ class Config:
     """Of QAT, over the 20,000 training images."""
     learning_rate: float = 2e-3
     """Of QAT, at its peak."""
-    text_steps: int = 400
+    text_steps: int = 200
     """Of QAT of the language model, 16 sequences each."""
     text_learning_rate: float = 1e-3
     """Of QAT of the language model, at its beginning."""

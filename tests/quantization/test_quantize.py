@@ -193,6 +193,15 @@ def test_bad_input_is_one_clear_line(name):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_is_refused_and_zeros_are_not(bad, normal):
+    x = normal(5, 8)
+    with pytest.raises(ValueError, match="2 of the 48 numbers of w are NaN or inf"):
+        quantize(matmul, {"w": normal(8, 6).at[1, :2].set(bad)}, x)
+    fn, q = quantize(matmul, {"w": jnp.zeros((8, 6))}, x)
+    np.testing.assert_array_equal(fn(q, x), jnp.zeros((5, 6)))
+
+
 def test_what_is_quantized_already_is_no_match(normal):
     params, x = {"w": normal(8, 6)}, normal(5, 8)
     fn, q = quantize(matmul, params, x)

@@ -1,0 +1,131 @@
+"""Training with products in 8 bits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.extend.core import ClosedJaxpr
+
+from jaxeff.program import describe, rebuild
+from jaxeff.quantization import low_precision
+from jaxeff.quantization.grids import named
+from jaxeff.quantization.low_precision import _codes
+from tests.program.built import build, some
+
+RNG = np.random.default_rng(0)
+draw = lambda *s: jnp.asarray(RNG.normal(size=s), jnp.float32)
+PARAMS = {"a": draw(12, 16) / 3, "b": draw(16, 8) / 3}
+X = draw(64, 12)
+
+
+def mlp(params, x):
+    return jnp.tanh(x @ params["a"]) @ params["b"]
+
+
+def products(jaxpr, out):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            out.append([v.aval.dtype.name for v in (*eqn.invars, *eqn.outvars)])
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+                if hasattr(inner, "eqns"):
+                    products(inner, out)
+    return out
+
+
+def off(a, b):
+    return float(jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel()))
+
+
+FORMATS = {
+    "int8": ["int8", "int8", "int32"],
+    "fp8": ["float8_e4m3fn", "float8_e4m3fn", "float32"],
+}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_product_forward_and_backward_is_of_8_bits(format):
+    low = low_precision(mlp, format)
+    loss = lambda p, x: (low(p, x) ** 2).sum()
+    forward = products(jax.make_jaxpr(low)(PARAMS, X).jaxpr, [])
+    assert forward == [FORMATS[format]] * 2
+    both = products(jax.make_jaxpr(jax.grad(loss, (0, 1)))(PARAMS, X).jaxpr, [])
+    assert len(both) == 6
+    assert all("8" in name for types in both for name in types[:2])
+
+
+@pytest.mark.parametrize("format, near", [("int8", 0.03), ("fp8", 0.08)])
+def test_values_and_gradients_are_near(format, near):
+    low = low_precision(mlp, format)
+    grad = lambda fn: jax.grad(lambda p, x: (fn(p, x) ** 2).sum(), (0, 1))(PARAMS, X)
+    assert off(low(PARAMS, X), mlp(PARAMS, X)) < near
+    for ours, exact in zip(*map(jax.tree.leaves, (grad(low), grad(mlp))), strict=True):
+        assert ours.dtype == exact.dtype and off(ours, exact) < 3 * near
+
+
+@pytest.mark.parametrize("grid", ["int8", "e5m2", "e4m3"])
+def test_rounding_by_chance_is_right_in_the_mean(grid):
+    x, grid = draw(40), named(grid)
+
+    def once(key):
+        codes, scale = _codes(x, grid, key)
+        return grid.decode(codes).astype(jnp.float32) * scale
+
+    many = jax.vmap(once)(jax.random.split(jax.random.key(0), 4000))
+    spread = many.std(0) / np.sqrt(4000)
+    assert np.all(np.abs(many.mean(0) - x) <= 5 * spread + 1e-6)
+    assert len(np.unique(np.asarray(many[:, 0]))) <= 2
+
+
+@some("nnx_cnn", "linen_llama_scan_remat", "linen_mobilenet")
+@pytest.mark.parametrize("format", FORMATS)
+def test_models_run_in_it(case, format):
+    model = build(case)
+    args = jax.tree.map(jnp.asarray, model.args)
+    params = jax.tree.map(jnp.asarray, model.params)
+    low = jax.jit(low_precision(model.fn, format))
+    assert off(low(params, *args), model.jitted(params, *args)) < 0.2
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_training_in_it_learns(format):
+    target = jnp.sin(X @ draw(12, 8))
+
+    def train(fn):
+        tx = optax.adam(1e-2)
+        loss = lambda p: jnp.mean((fn(p, X) - target) ** 2)
+
+        @jax.jit
+        def step(p, state):
+            updates, state = tx.update(jax.grad(loss)(p), state)
+            return optax.apply_updates(p, updates), state
+
+        p, state = PARAMS, tx.init(PARAMS)
+        for _ in range(200):
+            p, state = step(p, state)
+        return float(loss(PARAMS)), float(jnp.mean((mlp(p, X) - target) ** 2))
+
+    (before, exact), (_, low) = train(mlp), train(low_precision(mlp, format))
+    assert low < exact + 0.1 * before < 0.5 * before
+
+
+def test_only_what_is_named_is_rounded():
+    low = low_precision(mlp, weights="a")
+    types = products(jax.make_jaxpr(low)(PARAMS, X).jaxpr, [])
+    assert types == [["int8", "int8", "int32"], ["float32"] * 3]
+
+
+def test_it_is_saved_as_plain_data():
+    low = low_precision(mlp, "fp8", weights=["a"])
+    again, _ = rebuild(describe(low, PARAMS), mlp, PARAMS)
+    assert again == low
+    np.testing.assert_array_equal(again(PARAMS, X), low(PARAMS, X))
+
+
+def test_what_cannot_be_is_one_clear_line():
+    with pytest.raises(ValueError, match="one of int8, fp8, got 'int4'"):
+        low_precision(mlp, "int4")
+    with pytest.raises(ValueError, match="matches none of the 2 multiplied weights"):
+        low_precision(mlp, weights="c")(PARAMS, X)
