@@ -1,5 +1,6 @@
 """Weights in few bits, multiplied as they are stored."""
 
+from .allocate import Sensitivity as Sensitivity, sensitivity as sensitivity
 from .arrays import QArray as QArray, quantize_array as quantize_array
 from .calibrated import (
     adaround as adaround,
