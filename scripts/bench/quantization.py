@@ -55,6 +55,7 @@ OTHERS: dict[str, Callable] = {
     "AWQ": q.awq,
 }
 log4_2 = Format(Logarithmic(4))
+wide2 = Format(Linear(2, narrow=False))
 uint3 = Format(Linear(3, symmetric=False))
 STATIC = "mse"  # how the range of activations is found
 
@@ -74,11 +75,12 @@ PICTURES: dict[Any, tuple[str, ...]] = {
     q.log4: (*NEAREST, *FITTED),
     Codebook(4): ("nearest", "least output error"),
     Codebook(3): ("nearest", "least output error"),
-    q.int3: (*NEAREST, *FITTED, "QAT"),
+    q.int3: (*NEAREST, *FITTED),
     uint3: ("nearest", "GPTQ", "AdaRound"),
-    Format(Linear(2, narrow=False)): ("nearest", *FITTED, "QAT"),
-    q.int2: ("nearest", *FITTED, "QAT"),
+    wide2: ("nearest", *FITTED),
+    q.int2: ("nearest", *FITTED),
 }
+TRAINED = dict.fromkeys([q.int4, q.int3, wide2, q.int2], ("QAT",))
 GROUP = 32
 EVERY = (*NEAREST, "HQQ", "AWQ", *FITTED)
 TEXTS: dict[Any, tuple[str, ...]] = {
@@ -146,7 +148,8 @@ def run(c: Config) -> None:
         score = lambda fn, p: accuracy(fn, p, subject.test, 500)
         batches = subject.batches(c.images, c.batch)
         more = {"QAT": functools.partial(trained, c, subject)}
-        table.fill("resnet20", fn, params, batches, score, PICTURES, kernels, more)
+        for formats in (PICTURES, TRAINED):
+            table.fill("resnet20", fn, params, batches, score, formats, kernels, more)
     if table.wants("own") or table.wants("tiny shakespeare"):
         model, params, texts = stories(c.data, c.sequences, c.length)
         for name, (known, unseen) in texts.items():
