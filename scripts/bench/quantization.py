@@ -80,7 +80,9 @@ PICTURES: dict[Any, tuple[str, ...]] = {
     wide2: ("nearest", *FITTED),
     q.int2: ("nearest", *FITTED),
 }
-TRAINED = dict.fromkeys([q.int4, q.int3, wide2, q.int2], ("QAT",))
+TRAINED: dict[Any, tuple[str, ...]] = dict.fromkeys(
+    [q.int4, q.int3, wide2, q.int2], ("QAT",)
+)
 GROUP = 32
 EVERY = (*NEAREST, "HQQ", "AWQ", *FITTED)
 TEXTS: dict[Any, tuple[str, ...]] = {

@@ -124,6 +124,7 @@ def test_a_training_step_is_a_function_too():
     assert_same(fast(LOOP, x), grad(LOOP, x))
 
 
+@pytest.mark.slow
 def test_quantized_leaves_multiply_in_their_own_way():
     model = models.build("cnn", stages=((5, 1), (6, 1)))
     x = jr.normal(jr.key(0), (2, 8, 8, 1))

@@ -30,6 +30,7 @@ def disturbed(params):
     return jax.tree_util.tree_map_with_path(change, params)
 
 
+@pytest.mark.slow
 @some(*MODELS)
 @pytest.mark.parametrize("base", ["dense", "int4"])
 def test_it_begins_as_the_model_and_computes_with_the_sum(case, base):

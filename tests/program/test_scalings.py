@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxeff.program import scale_weights, trace
-from tests.program.built import build, zoo
+from tests.program.built import build, some, zoo
 from tests.program.shrinking import distance
 
 RNG = np.random.default_rng(0)
@@ -17,8 +18,18 @@ def scaled(program, params, scaling, spread=1.0):
     return scale_weights(params, program.couplings, scaling, by)
 
 
-@zoo
+@some("linen_llama_scan_remat", "nnx_transformer", "equinox_cnn", "linen_mobilenet")
 def test_no_scaling_changes_a_model(case):
+    check(case)
+
+
+@pytest.mark.slow
+@zoo
+def test_no_scaling_changes_any_model(case):
+    check(case)
+
+
+def check(case):
     model = build(case)
     new = model.params
     for scaling in model.program.scalings:

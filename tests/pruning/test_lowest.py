@@ -25,6 +25,7 @@ def test_the_lowest_are_the_first_of_a_stable_sort(scores, count):
     assert np.array_equal(lowest(jnp.asarray(score), count), want)
 
 
+@pytest.mark.slow
 @given(sparsity=st.floats(0, 0.999), rows=st.integers(1, 5), cols=st.integers(1, 9))
 def test_shares_are_exact(sparsity, rows, cols):
     score = np.random.default_rng(rows * cols).normal(size=(2, rows, cols))

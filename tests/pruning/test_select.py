@@ -257,6 +257,7 @@ def test_what_is_not_exact_has_to_be_asked_for_and_tells_its_error():
 # Whole blocks.
 
 
+@pytest.mark.slow
 def test_a_residual_block_can_leave_altogether(getkey):
     model, params, x = resnet(getkey())
     inner = "params/stage1_block0/conv{1,2}/*"

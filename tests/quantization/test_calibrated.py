@@ -51,11 +51,21 @@ METHODS = {
 FORMATS = [int4, int4.grouped(8), uint4.grouped(8), log4, nvfp4.grouped(8), w4a8]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+FAST = {
+    ("gptq", int4),
+    ("adaround", uint4.grouped(8)),
+    ("groups on the way", FORMATS[1]),
+}
+CASES = [
+    pytest.param(m, f, marks=[] if (m, f) in FAST else pytest.mark.slow)
+    for m in METHODS
+    for f in FORMATS
+    if m != "groups on the way" or (f.scale == "float32" and f.group)
+]
+
+
+@pytest.mark.parametrize("method, fmt", CASES, ids=lambda x: getattr(x, "name", x))
 def test_the_model_is_nearer_than_by_rounding_to_the_nearest(method, fmt):
-    if method == "groups on the way" and (fmt.scale != "float32" or not fmt.group):
-        pytest.skip("has no groups of float32 scales")
     params, x = make()
     given = {"formats": {"*": fmt}, "batches": [(x[:150],), (x[150:],)]}
     plain = quantize(mlp, params, x, formats={"*": fmt}, fit="mse")
@@ -77,7 +87,14 @@ def looped(params, x):
     return x
 
 
-@pytest.mark.parametrize("fmt", [int4.grouped(8), uint4, nvfp4.grouped(8)], ids=str)
+STACKS = [
+    int4.grouped(8),
+    pytest.param(uint4, marks=pytest.mark.slow),
+    pytest.param(nvfp4.grouped(8), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("fmt", STACKS, ids=lambda f: f.name)
 def test_a_scan_is_rounded_as_the_loop_it_stands_for(fmt):
     loop = [make(seed)[0] for seed in range(3)]
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *loop)
@@ -111,7 +128,10 @@ def conv(params, x):
     return jax.lax.conv(y, params["b"], (2, 2), "SAME")
 
 
-@pytest.mark.parametrize("method", ["gptq", "adaround"])
+SLOWER = pytest.param("adaround", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("method", ["gptq", SLOWER])
 @pytest.mark.parametrize("fmt", [int4, int4.per_tensor()], ids=lambda f: f.name)
 def test_convolutions_are_rounded_too(method, fmt):
     rng = np.random.default_rng(0)

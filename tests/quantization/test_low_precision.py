@@ -79,6 +79,7 @@ def test_rounding_by_chance_is_right_in_the_mean(grid):
     assert len(np.unique(np.asarray(many[:, 0]))) <= 2
 
 
+@pytest.mark.slow
 @some("nnx_cnn", "linen_llama_scan_remat", "linen_mobilenet")
 @pytest.mark.parametrize("format", FORMATS)
 def test_models_run_in_it(case, format):

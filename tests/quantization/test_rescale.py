@@ -28,6 +28,7 @@ def off(fn, params, new_fn, new):
     return float(jnp.linalg.norm(new_fn(new, X) - y) / jnp.linalg.norm(y))
 
 
+@pytest.mark.slow
 @some("linen_gpt", "linen_llama", "nnx_transformer", "linen_mobilenet", "nnx_cnn")
 @pytest.mark.parametrize("how", ["smooth", "equalize"])
 def test_models_compute_the_same(case, how):

@@ -59,8 +59,13 @@ OPTIMIZERS = {
 }
 
 
+EVERY = [
+    pytest.param(n, marks=[] if n == "adam" else pytest.mark.slow) for n in OPTIMIZERS
+]
+
+
 @pytest.mark.parametrize("bits, slack", [(8, 1.15), (4, 1.6)])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_training_goes_as_with_the_whole_state(name, bits, slack):
     before = float(problem()[1](problem()[0]))
     whole, _ = train(OPTIMIZERS[name]())

@@ -48,7 +48,11 @@ def make(name):
     return quantize(fn, PARAMS, X, formats=FORMATS[name], batches=[(X,)])
 
 
-@pytest.mark.parametrize("name", FORMATS)
+FAST = ("int4", "nvfp4", "codebook4")
+EVERY = [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in FORMATS]
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_a_model_comes_back_from_disk_as_it_was(name, tmp_path):
     q_fn, q = make(name)
     save_model(tmp_path / "model", q_fn, q)

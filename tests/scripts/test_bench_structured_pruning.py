@@ -35,6 +35,7 @@ def config(monkeypatch, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_second_run_goes_on_where_the_first_stopped(config, monkeypatch, capsys):
     measured = []
     measure = structured_pruning.measure
