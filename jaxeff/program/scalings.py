@@ -317,10 +317,8 @@ def _conv(b, eqn, given, ins, outs):
         b.refused.update(a for d in (channels, w_in, w_out) for a in atoms(d))
     for atom in atoms(w_in):
         b.zero(atom, add(left.get(atom, {}), right.get(atom, {})))
-    for d in (*numbers.lhs_spec[2:],):
-        _apart(b, given[0], [x[d]])
-    for d in (*numbers.rhs_spec[2:],):
-        _apart(b, given[1], [w[d]])
+    _apart(b, given[0], [x[d] for d in numbers.lhs_spec[2:]])
+    _apart(b, given[1], [w[d] for d in numbers.rhs_spec[2:]])
     out: Powers = {}
     for atom in atoms(parts[0]):  # groups: of both
         out[atom] = add(left.get(atom, {}), right.get(atom, {}))
@@ -352,11 +350,9 @@ def _turned(b, eqn, given, ins, outs):
 
 def _joined(b, eqn, given, ins, outs):
     """Along the joined dim each keeps its atoms; along others they are alike."""
-    axis = eqn.params.get("dimension")
+    axis = eqn.params["dimension"]
     out: Powers = {}
-    mine = [
-        {a for a in (atoms(dims[axis]) if axis is not None else ())} for dims in ins
-    ]
+    mine = [{*atoms(dims[axis])} for dims in ins]
     for known, own in zip(given, mine, strict=True):
         for atom in own:
             power = known.powers.get(atom, {})
@@ -367,7 +363,8 @@ def _joined(b, eqn, given, ins, outs):
         Known({a: p for a, p in k.powers.items() if a not in own}, k.constant)
         for k, own in zip(given, mine, strict=True)
     ]
-    return [{**out, **b.equal(rest, ins)}]
+    others = [(*dims[:axis], *dims[axis + 1 :]) for dims in ins]
+    return [{**out, **b.equal(rest, others)}]
 
 
 def _updated(b, eqn, given, ins, outs):

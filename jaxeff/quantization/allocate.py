@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from jaxeff import tree
-from jaxeff.program import dense, is_leaf, table, unlift
+from jaxeff.program import dense, lift, table
 
 from .choice import AnyFormat
 from .quantize import apply, check_formats, choose
@@ -179,7 +179,7 @@ def sensitivity(
     for f in real:
         check_formats(f)
     loss = _relative if loss is None else loss
-    plain = unlift(fn)
+    plain = lift(fn)
     exact = [jax.jit(plain)(params, *batch) for batch in given]
     measure = jax.jit(lambda params, batch, y: loss(plain(params, *batch), y))
     total = lambda params: (
@@ -188,7 +188,7 @@ def sensitivity(
     )
     base = total(params)
     patterns = [only] if isinstance(only, str) else list(only)
-    weights = tree.paths(params, is_leaf)
+    weights = tree.paths(params)
     found: dict[str, list[Option]] = {}
     every = [choose(fn, params, args, dict.fromkeys(patterns, f)) for f in real]
     jobs = [c for choices in every for c in choices if c.format is not None]
@@ -199,7 +199,7 @@ def sensitivity(
         for c in jobs:
             bar.update(task, description=c.path)
             w = weights[c.path]
-            (q,) = apply([w], [dataclasses.replace(c, path="0")], fit=fit)
+            (q,) = apply([w], [c], fit=fit)
             new = _replaced(params, c.path, dense(q))
             added = total(new) - base
             option = Option(c.path, c.format, tree.tree_bytes(q), added)
@@ -222,4 +222,4 @@ def _relative(outputs: PyTree, exact: PyTree) -> Any:
 
 def _replaced(params: PyTree, path: str, w: Any) -> PyTree:
     one = lambda keypath, x: w if tree.path_name(keypath) == path else x
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_leaf)
+    return jax.tree_util.tree_map_with_path(one, params)

@@ -168,14 +168,15 @@ def awq(
     Args:
         fn, params, args, formats: as for `quantize`.
         batches, progress: as for `gptq`.
-        fit: how scales are found, see `quantize`.
+        fit: "absmax", "mse" or "hqq", see `quantize`.
         steps: powers of the inputs' sizes that are tried for s.
 
     Returns:
         As `quantize`.
 
     Raises:
-        ValueError: as `quantize` and `program.calibrate`; nothing is tried.
+        ValueError: as `quantize` and `program.calibrate`; nothing is tried, or no
+            weight reads what can be scaled where it is made.
 
     Source: Lin et al. 2023, arXiv:2306.00978, section 3.2.
     """
@@ -184,11 +185,7 @@ def awq(
     check_formats(formats)
     choices = choose(fn, params, args, formats)
     given = list(batches)
-    known = {
-        c.path: (c.format, c.contract, c.batch)
-        for c in choices
-        if isinstance(c.format, Format)
-    }
+    known = {c.path: c.format for c in choices if isinstance(c.format, Format)}
     scaled = rescale_by_error(
         fn, params, args, given, known, steps=steps, fit=fit, progress=progress
     )

@@ -23,7 +23,7 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array, Float, Key
 
 from jaxeff import tree
-from jaxeff.program import bind, Call, Interpreter, Program, Rewritten, Where
+from jaxeff.program import Call, Interpreter, Program, Rewritten, Where
 
 from . import blocks, scales as scaling
 from .adaround import neighbours
@@ -124,7 +124,11 @@ class _Rounding(Interpreter):
 
 def _product(eqn: JaxprEqn, forward: Grid, backward: Grid) -> Callable:
     """The product of an equation, on codes, with its gradients on codes."""
-    run = lambda a, b: _on_codes(eqn, _plain(eqn), (a, b), (forward, forward), None)
+    wide = {**eqn.params, "precision": None, "preferred_element_type": jnp.float32}
+    plain = lambda a, b: eqn.primitive.bind(a, b, **wide)
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    out = eqn.outvars[0].aval.dtype
+    run = lambda a, b: _on_codes(plain, (a, b), (forward, forward), None).astype(out)
     fn = jax.custom_vjp(run)
 
     def ahead(a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -132,40 +136,33 @@ def _product(eqn: JaxprEqn, forward: Grid, backward: Grid) -> Callable:
 
     def back(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
         a, b = kept
-        key = _key(g)
-        grids = (backward, forward)
-        of_a = lambda g, b: jax.linear_transpose(lambda a: _plain(eqn)(a, b), a)(g)[0]
-        of_b = lambda g, a: jax.linear_transpose(lambda b: _plain(eqn)(a, b), b)(g)[0]
-        da = _on_codes(eqn, of_a, (g, b), grids, jr.fold_in(key, 0))
-        db = _on_codes(eqn, of_b, (g, a), grids, jr.fold_in(key, 1))
+        grids, key = (backward, forward), _key(g)
+        of_a = lambda g, b: jax.linear_transpose(lambda a: plain(a, b), like(a))(g)[0]
+        of_b = lambda g, a: jax.linear_transpose(lambda b: plain(a, b), like(b))(g)[0]
+        da = _on_codes(of_a, (g, b), grids, jr.fold_in(key, 0))
+        db = _on_codes(of_b, (g, a), grids, jr.fold_in(key, 1))
         return da.astype(a.dtype), db.astype(b.dtype)
 
     fn.defvjp(ahead, back)
     return fn
 
 
-def _plain(eqn: JaxprEqn) -> Callable:
-    return lambda a, b: bind(eqn, [a, b])[0]
-
-
 def _on_codes(
-    eqn: JaxprEqn,
     fn: Callable,
     args: tuple[Array, Array],
     grids: tuple[Grid, Grid],
     key: Key[Array, ""] | None,
-) -> Array:
-    """A function made of one product and changes of place, run on codes.
+) -> Float[Array, "..."]:
+    """A function made of one product and changes of place, run on codes; float32.
 
     Each factor has one scale, so the result has their product. With a key the first is
     rounded by chance.
     """
-    out = jax.eval_shape(fn, *args).dtype
     first, a = _codes(args[0], grids[0], key)
     second, b = _codes(args[1], grids[1], None)
     jaxpr = jax.make_jaxpr(fn)(*(jnp.zeros(x.shape, jnp.float32) for x in args))
     y = _Codes(Kind(grids[1], grids[0])).run(jaxpr, [first, second])[0]
-    return (y.astype(jnp.float32) * (a * b)).astype(out)
+    return y.astype(jnp.float32) * (a * b)
 
 
 def _longest_sum(eqn: JaxprEqn) -> int:

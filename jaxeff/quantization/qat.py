@@ -175,7 +175,7 @@ def fake_quantize(
     Args:
         fn, params, args, formats, batches: as for `quantize`. Activations with a range
             have scales that train, beginning from it.
-        fit: how the scales to begin from are found, see `quantize`.
+        fit: "absmax" or "mse": how the scales to begin from are found.
 
     Returns:
         `lift(fn)`, and the weights. `convert` makes of them what `quantize` returns.

@@ -172,7 +172,7 @@ def rescale_by_error(
     params: PyTree,
     args: tuple,
     batches: Iterable[tuple],
-    formats: dict[str, tuple[Format, tuple[int, ...], tuple[int, ...]]],
+    formats: dict[str, Format],
     *,
     steps: int,
     fit: str,
@@ -185,24 +185,27 @@ def rescale_by_error(
 
     Args:
         fn, params, args, batches: as for `quantize`.
-        formats: for each weight its format, and the dims that share and do not share
-            a scale.
+        formats: for each weight its format. (While a is looked for, outputs have
+            scales of their own.)
         steps: values of a to try, from 0 on.
         fit: how scales are found, see `scales.fit`.
         progress: whether to show a bar, if there is a terminal.
+
+    Raises:
+        ValueError: no weight reads what can be scaled where it is made.
 
     Source: Lin et al. 2023, arXiv:2306.00978, section 3.2 (there with the mean
     magnitude in place of the root of the mean square).
     """
     program = trace(fn, params, *args)
     able = _readable(fn, params, args) & set(formats)
-    chosen = [m for m in moves(program) if all(path in able for path, _ in m.consumers)]
+    chosen = _chosen(program, None, able)
     shares = np.arange(steps) / max(1, steps - 1)
     errors = {id(m): np.zeros(steps) for m in chosen}
     sizes = {id(m): np.zeros(m.scaling.size, np.float32) for m in chosen}
 
     def look(part, w, h):
-        format, contract, batch = formats[part.path]
+        format = formats[part.path]
         rms = np.sqrt(np.asarray(jnp.diagonal(h, axis1=1, axis2=2)))
         for m, index in _columns(program, chosen, part):
             np.maximum.at(sizes[id(m)], index[index >= 0], rms[index >= 0])

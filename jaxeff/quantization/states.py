@@ -66,7 +66,7 @@ def compress_state(
 
         def one(keypath: tuple, x: Any) -> Any:
             floating = tree.is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
-            if not floating or x.size < smallest:
+            if not floating or x.size < smallest or x.ndim == 0:
                 return x
             signed = tree.path_name(keypath) not in positive
             n = x.shape[-1]

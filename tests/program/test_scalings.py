@@ -124,6 +124,16 @@ def test_parts_of_a_fused_weight_have_scalings_of_their_own():
         assert not np.allclose(new["qkv"], params["qkv"])
 
 
+def test_what_is_concatenated_keeps_scalings_of_its_own():
+    params = {"a": draw(6, 8), "b": draw(6, 3), "c": draw(11, 5)}
+    fn = lambda p, x: jnp.concatenate([x @ p["a"], x @ p["b"]], 1) @ p["c"]
+    program, x = trace(fn, params, draw(3, 6)), draw(3, 6)
+    assert [len(s.powers) for s in program.scalings] == [2, 2]
+    for s in program.scalings:
+        new = scaled(program, params, s)
+        assert distance(fn(new, x), fn(params, x)) < 1e-4
+
+
 def test_what_is_added_where_it_was_turned_is_refused():
     params = {"a": draw(6, 8), "b": draw(8, 5)}
     turned = lambda p, x: (lambda y: (y + y[:, ::-1]) @ p["b"])(x @ p["a"])

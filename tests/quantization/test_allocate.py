@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxeff import tree
+from jaxeff.lowrank import factorize
 from jaxeff.quantization import int2, int4, int8, quantize, sensitivity
 from jaxeff.quantization.allocate import Option, Sensitivity
 
@@ -104,6 +105,15 @@ def test_options_that_others_beat_are_never_taken():
     found = Sensitivity({"w": options})
     assert found.within(at_most_bytes=25) == {"w": int2}  # int4 is no bargain
     assert found.within(at_most_bytes=30) == {"w": int8}
+
+
+def test_the_factors_of_a_weight_are_measured_one_by_one():
+    low_fn, low = factorize(fn, PARAMS, X, ranks={"a": 4})
+    given = {"formats": FORMATS, "batches": [(X,)]}
+    found = sensitivity(low_fn, low, X, only="a", **given)
+    assert set(found.options) == {"a/u", "a/v"}
+    formats = found.within(at_most_bytes=10**6)
+    quantize(low_fn, low, X, formats=formats)
 
 
 def test_what_cannot_be_is_one_clear_line():

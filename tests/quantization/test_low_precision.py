@@ -112,6 +112,15 @@ def test_training_in_it_learns(format):
     assert low < exact + 0.1 * before < 0.5 * before
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_weights_and_activations_of_16_bits_keep_their_dtype(format):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (PARAMS, X))
+    low = low_precision(mlp, format)
+    grads = jax.grad(lambda p, x: (low(p, x).astype(jnp.float32) ** 2).sum())(*half)
+    assert low(*half).dtype == grads["a"].dtype == jnp.bfloat16
+    assert off(low(*half).astype(jnp.float32), mlp(PARAMS, X)) < 0.1
+
+
 def test_only_what_is_named_is_rounded():
     low = low_precision(mlp, weights="a")
     types = products(jax.make_jaxpr(low)(PARAMS, X).jaxpr, [])

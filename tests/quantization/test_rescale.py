@@ -99,6 +99,7 @@ def test_what_cannot_be_is_one_clear_line():
     curved = lambda p, x: jax.nn.gelu(x @ p["up"]) @ p["down"]
     pair = {"up": draw(16, 32), "down": draw(32, 8)}
     assert not trace(curved, pair, X).scalings
-    for run in (lambda *a: smooth(*a, **given), equalize):
+    scaled = lambda *a: awq(*a, formats=int4, **given)
+    for run in (lambda *a: smooth(*a, **given), equalize, scaled):
         with pytest.raises(ValueError, match="passes no factor on"):
             run(curved, pair, X)
