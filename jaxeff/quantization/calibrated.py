@@ -5,6 +5,7 @@ its outputs change least. What an algorithm does to one matrix is in a file of i
 own.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -82,18 +83,9 @@ def gptq(
         group = at.format.group
         if not static_groups and group is not None:
             return _in_groups(at, group, w, h, fit=fit, block=block, damping=damping)
-        one = lambda w, h, scale, zero: gptq_matrix(
-            w,
-            h,
-            scale,
-            zero,
-            grid=at.format.grid,
-            activation_order=activation_order,
-            block=block,
-            damping=damping,
-        )
-        found = at.fit(h, fit)
-        return jax.vmap(one)(w, h, *at.spread(found)), found
+        options = {"activation_order": activation_order}
+        one = functools.partial(gptq_matrix, block=block, damping=damping, **options)
+        return at.rounded(one, w, h, fit)
 
     return _rounded(fn, params, args, batches, formats, fit, progress, rounded)
 
@@ -132,18 +124,9 @@ def adaround(
         raise ValueError(f"rounding is learned in 1 step or more, got {steps}.")
 
     def rounded(at: Task, w: Array, h: Array) -> tuple[Array, Scales]:
-        one = lambda w, h, scale, zero: adaround_matrix(
-            w,
-            h,
-            scale,
-            zero,
-            grid=at.format.grid,
-            steps=steps,
-            learning_rate=learning_rate,
-            penalty=penalty,
-        )
-        found = at.fit(h, fit)
-        return jax.vmap(one)(w, h, *at.spread(found)), found
+        options = {"learning_rate": learning_rate, "penalty": penalty}
+        one = functools.partial(adaround_matrix, steps=steps, **options)
+        return at.rounded(one, w, h, fit)
 
     return _rounded(fn, params, args, batches, formats, fit, progress, rounded)
 
@@ -207,17 +190,25 @@ class Task(NamedTuple):
     place: Place
     weight: Array
 
-    def fit(self, h: Float[Array, "groups cols cols"], method: str) -> Scales:
-        """The scales; for "mse" each input counts by its mean square."""
-        squares = jnp.diagonal(h, axis1=1, axis2=2)[:, None]
-        return self.place.fit(self.weight, self.format, method, squares)
+    def rounded(
+        self,
+        one: Callable[..., Array],
+        w: Float[Array, "groups rows cols"],
+        h: Float[Array, "groups cols cols"],
+        fit: str,
+    ) -> tuple[Array, Scales]:
+        """The matrices, each rounded under scales found beforehand; and these.
 
-    def spread(self, found: Scales) -> tuple[Array, Array | None]:
-        """Scale and zero of each entry of the matrices."""
+        For "mse" each input counts by its mean square.
+        """
+        squares = jnp.diagonal(h, axis1=1, axis2=2)[:, None]
+        found = self.place.fit(self.weight, self.format, fit, squares)
         zero = found.zero
         if zero is not None:
             zero = self.place.matrices(zero).astype(jnp.float32)
-        return self.place.matrices(scaling.real(found)), zero
+        scale = self.place.matrices(scaling.real(found))
+        run = functools.partial(one, grid=self.format.grid)
+        return jax.vmap(run)(w, h, scale, zero), found
 
 
 def _rounded(

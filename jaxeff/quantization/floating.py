@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .grids import dtype_max, Grid, Magnitudes, parser, Table
+from .grids import Grid, Magnitudes, parser, Table
 
 _NATIVE = {
     "e4m3": jnp.float8_e4m3fn,
@@ -75,7 +75,7 @@ class Native(Grid):
     @property
     def largest(self) -> float:
         """448 for e4m3, 57344 for e5m2."""
-        return dtype_max(_NATIVE[self.kind])
+        return float(jnp.finfo(_NATIVE[self.kind]).max)
 
     def encode(self, x: Float[Array, "..."]) -> Array:
         """The dtype itself."""
@@ -84,14 +84,6 @@ class Native(Grid):
     def decode(self, codes: Array) -> Array:
         """float32."""
         return codes.astype(jnp.float32)
-
-    def to_bytes(self, codes: Array) -> Array:
-        """As they are: they fill whole bytes."""
-        return codes
-
-    def from_bytes(self, codes: Array) -> Array:
-        """As they are."""
-        return codes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ a name, from which `named` makes it again, so a checkpoint can hold it.
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,13 +58,13 @@ class Grid(abc.ABC):
     def decode(self, codes: Array) -> Array:
         """The numbers: float32, or int8 and int16 where they are integers."""
 
-    @abc.abstractmethod
     def to_bytes(self, codes: Array) -> Array:
         """The codes as uint8 below 2**bits, to be packed."""
+        return codes
 
-    @abc.abstractmethod
     def from_bytes(self, codes: Array) -> Array:
         """What `to_bytes` was given."""
+        return codes
 
     def nearest(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """The nearest number of the grid."""
@@ -122,14 +122,6 @@ class Magnitudes(Grid):
         """float32."""
         return look_up(codes, (*self.magnitudes, *(-x for x in self.magnitudes)))
 
-    def to_bytes(self, codes: Array) -> Array:
-        """As they are."""
-        return codes
-
-    def from_bytes(self, codes: Array) -> Array:
-        """As they are."""
-        return codes
-
 
 @dataclasses.dataclass(frozen=True)
 class Table(Grid):
@@ -147,14 +139,6 @@ class Table(Grid):
     def decode(self, codes: Array) -> Array:
         """float32."""
         return look_up(codes, self.levels)
-
-    def to_bytes(self, codes: Array) -> Array:
-        """As they are."""
-        return codes
-
-    def from_bytes(self, codes: Array) -> Array:
-        """As they are."""
-        return codes
 
 
 def nearest_index(x: Float[Array, "..."], levels: tuple[float, ...]) -> Array:
@@ -176,8 +160,3 @@ def _search(x: Array, middle: np.ndarray) -> Array:
 def look_up(codes: Array, table: tuple[float, ...]) -> Float[Array, "..."]:
     """The numbers of a table at those codes, float32."""
     return jnp.take(jnp.asarray(table, jnp.float32), codes, mode="clip")
-
-
-def dtype_max(dtype: Any) -> float:
-    """The largest finite number of a floating-point dtype."""
-    return float(jnp.finfo(dtype).max)
