@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
-# (column in its block, and in the matrix; the block; the factor's diagonal there;
+# (column in its block, and in the matrix; the block; the inverse's factor there;
 # state) -> (the column's new value, state).
 Change = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
 
@@ -63,9 +63,9 @@ def change_columns(
     Args:
         w: an output per row, an input per column.
         h: x^T x of the inputs, or any multiple of it.
-        change: `change(k, column, part, diagonal, state)` gives the new value of
+        change: `change(k, column, part, factor, state)` gives the new value of
             column `k` of a block, a vector of rows, and the next state. `part` is
-            the block as it is now, `diagonal` that of the inverse's factor there.
+            the block as it is now, `factor` the square of `inverse_factor` there.
             Columns beyond the last, which fill the last block, are passed as well.
         state: any pytree of arrays.
         block: columns.
@@ -103,12 +103,11 @@ def _block(
     state: Any,
 ) -> tuple[Float[Array, "rows block"], Float[Array, "rows block"], Any]:
     """One block changed, and the errors to spread beyond it."""
-    diagonal = jnp.diagonal(u)
 
     def column(k, carry):
         w, errors, state = carry
-        new, state = change(k, start + k, w, diagonal, state)
-        error = (w[:, k] - new) / diagonal[k]
+        new, state = change(k, start + k, w, u, state)
+        error = (w[:, k] - new) / u[k, k]
         # Zero to the left of column k, where `u` is.
         w = w - error[:, None] * u[k][None]
         return w.at[:, k].set(new), errors.at[:, k].set(error), state

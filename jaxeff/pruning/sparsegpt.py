@@ -54,31 +54,31 @@ def prune_matrix(
         (squares == 0) & jnp.any(squares > 0), (0, len(counts) * block - cols)
     )
 
-    def scores(part, start, diagonal, width):
+    def scores(part, start, factor, width):
         begins = start % block
         near = jax.lax.dynamic_slice(part, (0, begins), (rows, width))
-        by = jax.lax.dynamic_slice(diagonal, (begins,), (width,))
+        by = jax.lax.dynamic_slice(jnp.diagonal(factor), (begins,), (width,))
         gone = jax.lax.dynamic_slice(dead, (start,), (width,))
         return (near / jnp.where(gone, jnp.inf, by)[None]) ** 2
 
-    def choose_block(at, part, diagonal, drop):
-        score = scores(part, at, diagonal, block)
+    def choose_block(at, part, factor, drop):
+        score = scores(part, at, factor, block)
         real = at + jnp.arange(block) < cols
         score = jnp.where(real[None], score, jnp.inf)
         return lowest(score.reshape(-1), counts[at // block]).reshape(part.shape)
 
-    def choose_group(at, part, diagonal, drop):
+    def choose_group(at, part, factor, drop):
         assert isinstance(sparsity, NM)
-        lost = drop_n_of_m(scores(part, at, diagonal, sparsity.m), sparsity)
+        lost = drop_n_of_m(scores(part, at, factor, sparsity.m), sparsity)
         return jax.lax.dynamic_update_slice(drop, lost, (0, at % block))
 
     by_group = isinstance(sparsity, NM)
     choose, width = (choose_group, sparsity.m) if by_group else (choose_block, block)
 
-    def change(k, at, part, diagonal, drop):
+    def change(k, at, part, factor, drop):
         # A group is chosen when its first column is reached.
-        keep = lambda at, part, diagonal, drop: drop
-        drop = jax.lax.cond(k % width == 0, choose, keep, at, part, diagonal, drop)
+        keep = lambda at, part, factor, drop: drop
+        drop = jax.lax.cond(k % width == 0, choose, keep, at, part, factor, drop)
         return jnp.where(drop[:, k], 0, part[:, k]), drop
 
     drop = jnp.zeros((rows, block), bool)

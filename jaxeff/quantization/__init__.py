@@ -8,6 +8,7 @@ from .calibrated import (
     gptq as gptq,
     unfitted as unfitted,
 )
+from .codebook import Codebook as Codebook
 from .floating import floating as floating
 from .formats import (
     bfloat16 as bfloat16,
@@ -41,4 +42,4 @@ from .quantize import quantize as quantize
 from .report import Report as Report, report as report
 from .rescale import equalize as equalize, smooth as smooth
 from .states import compress_state as compress_state
-from .vector import Codebook as Codebook, VectorArray as VectorArray
+from .vector import VectorArray as VectorArray

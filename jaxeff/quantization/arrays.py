@@ -19,7 +19,7 @@ from jaxeff.tree import pytree, static
 from . import blocks, products, scales as scaling
 from .formats import Format, product_name
 from .grids import Grid, named
-from .packing import pack, packed_size, run, unpack
+from .packing import pack, pack_dim, unpack
 from .scales import Scales
 
 
@@ -298,7 +298,7 @@ def store(
     """A weight under scales that are given, each number the nearest."""
     grid = format.grid
     codes = scaling.encode(w, scales, grid)
-    packed = _pack_dim(w.shape, batch_dims, grid.bits) if grid.bits < 8 else None
+    packed = pack_dim(w.shape, batch_dims, grid.bits) if grid.bits < 8 else None
     if packed is not None:
         codes = pack(grid.to_bytes(codes), grid.bits, packed)
     return QArray(
@@ -313,16 +313,3 @@ def store(
         packed=packed,
         length=0 if packed is None else w.shape[packed],
     )
-
-
-def _pack_dim(shape: Sequence[int], batch: Sequence[int], bits: int) -> int:
-    """The dim to lay codes along without a gap: the last that wastes least."""
-    free = [d for d in range(len(shape)) if d not in batch]
-    if not free:
-        raise ValueError(
-            f"{bits}-bit codes share bytes along a dim that nothing slices, but all "
-            f"dims of shape {tuple(shape)} are sliced. Choose 8 bits for this weight."
-        )
-    codes, n_bytes = run(bits)
-    waste = lambda d: packed_size(shape[d], bits) * codes / n_bytes / shape[d]
-    return min(reversed(free), key=waste) - len(shape)

@@ -19,10 +19,14 @@ from jaxeff.program import calibrate, find_uses, gram, lift
 from . import scales as scaling
 from .adaround import adaround_matrix
 from .choice import Choice
+from .codebook import Codebook
+from .coding import Coding, Encode
 from .formats import Format
 from .gptq import gptq_groups, gptq_matrix
+from .gptq_codes import gptq_codes
+from .importance import importances
 from .places import Place, place
-from .quantize import apply, check_formats, choose, Formats, quantize
+from .quantize import apply, check_formats, choose, Formats, learned, quantize
 from .ranges import activation_scales
 from .rescale import rescale_by_error
 from .scales import Scales
@@ -44,14 +48,17 @@ def gptq(
     """Rounds weights one input after another; later inputs make up for each error.
 
     Needs a matrix of (inputs, inputs) for one weight at a time, and time cubic in the
-    inputs. Weights that no statistic can be taken of (look-ups, those used in a
-    `while`) are rounded to the nearest; `unfitted` says which, and why.
+    inputs. Codebooks are learned beforehand, as `quantize` does, and each code is then
+    the one whose error costs least. Weights that no statistic can be taken of
+    (look-ups, those used in a `while`) are rounded to the nearest; `unfitted` says
+    which, and why.
 
     Args:
         fn, params, args, formats: as for `quantize`.
         batches: tuples of arguments to calibrate with, all of the same shapes.
         fit: how the scale of a block is found: "absmax", or "mse", by the least
-            squared error where each input counts by its mean square.
+            squared error where each input counts by its mean square. Codebooks are
+            learned from the weights alone, or with each input counting so.
         activation_order: take the inputs with the largest mean square first.
         static_groups: find all scales before anything is rounded. If not, that of a
             group is found when its first input is reached, from weights that have
@@ -71,7 +78,8 @@ def gptq(
             scales are not one float32 for a run of inputs.
 
     Source: Frantar et al. 2022, arXiv:2210.17323, section 3; activation order and
-    static groups: its authors' later code.
+    static groups: its authors' later code; codebooks: van Baalen et al. 2024,
+    arXiv:2402.15319.
     """
     if block < 1 or not damping > 0:
         raise ValueError(
@@ -83,11 +91,11 @@ def gptq(
         group = at.format.group
         if not static_groups and group is not None:
             return _in_groups(at, group, w, h, fit=fit, block=block, damping=damping)
-        options = {"activation_order": activation_order}
-        one = functools.partial(gptq_matrix, block=block, damping=damping, **options)
-        return at.rounded(one, w, h, fit)
+        return at.rounded(functools.partial(gptq_matrix, **options), w, h, fit)
 
-    return _rounded(fn, params, args, batches, formats, fit, progress, rounded)
+    options = {"activation_order": activation_order, "block": block, "damping": damping}
+    encode = functools.partial(gptq_codes, **options)
+    return _rounded(fn, params, args, batches, formats, fit, progress, rounded, encode)
 
 
 def adaround(
@@ -220,25 +228,35 @@ def _rounded(
     fit: str,
     progress: bool,
     algorithm: Callable[[Task, Array, Array], tuple[Array, Scales]],
+    encode: Encode | None = None,
 ) -> tuple[Callable, PyTree]:
     """Applies an algorithm to the matrices of each weight, and `quantize` to the rest.
 
     Args:
         algorithm: maps a task, the matrices, and x^T x of their inputs to matrices on
             the grid and the scales of the window.
+        encode: the same for a matrix under codebooks; None: it cannot.
     """
     check_formats(formats)
     choices = choose(fn, params, args, formats)
     given = list(batches)
-    left = _unfitted(fn, params, args, choices)
-    todo = {
-        c.path: (c, c.format)
-        for c in choices
-        if isinstance(c.format, Format) and c.path not in left
-    }
+    left = _unfitted(fn, params, args, choices, codes=encode is not None)
+    found = [c for c in choices if c.format is not None and c.path not in left]
+    todo = {c.path: (c, c.format) for c in found if isinstance(c.format, Format)}
+    coded = [c for c in found if isinstance(c.format, Codebook)]
     weights, scales = tree.paths(params), dict[str, Scales]()
+    importance = {}
+    if fit == "mse" and coded:
+        importance = importances(fn, params, args, given, coded, progress)
+    codings = {
+        c.path: Coding(c.path, learned(weights[c.path], c, importance.get(c.path)))
+        for c in coded
+    }
 
     def update(part, w, h):
+        if part.path in codings:
+            assert encode is not None
+            return codings[part.path].encode(part, w, h, encode)
         (c, format), weight = todo[part.path], jnp.asarray(weights[part.path])
         shared = format.blocks(weight.shape, c.contract, c.batch)
         if part.path not in scales:
@@ -252,28 +270,33 @@ def _rounded(
         fn,
         params,
         given,
-        weights=list(todo),
+        weights=[c.path for c in found],
         statistic=gram,
         update=update,
         progress=progress,
     )
     x_scales = activation_scales(fn, params, given, choices)
-    return lift(fn), apply(new, choices, fit=fit, scales=scales, x_scales=x_scales)
+    stored = {path: coding.stored() for path, coding in codings.items()}
+    given = {"scales": scales, "x_scales": x_scales, "stored": stored}
+    return lift(fn), apply(new, choices, fit=fit, **given)
 
 
 def unfitted(
     fn: Callable, params: PyTree, *args: Any, formats: Formats | None = None
 ) -> dict[str, str]:
-    """For each weight that data cannot fit, so that it is rounded to the nearest, why.
+    """For each weight that GPTQ cannot fit, so that it is rounded to the nearest, why.
+
+    AdaRound leaves those with codebooks as well.
 
     Args:
         fn, params, args, formats: as for `quantize`; shapes will do.
     """
-    return _unfitted(fn, params, args, choose(fn, params, args, formats))
+    choices = choose(fn, params, args, formats)
+    return _unfitted(fn, params, args, choices, codes=True)
 
 
 def _unfitted(
-    fn: Callable, params: PyTree, args: tuple, choices: list[Choice]
+    fn: Callable, params: PyTree, args: tuple, choices: list[Choice], *, codes: bool
 ) -> dict[str, str]:
     candidates = find_uses(fn, params, args).candidates
     found = {}
@@ -281,7 +304,7 @@ def _unfitted(
         if c.format is None:
             continue
         candidate = candidates[c.weight]
-        if not isinstance(c.format, Format):
+        if not (codes or isinstance(c.format, Format)):
             found[c.path] = "its codebooks are learned by k-means"
         elif candidate.reason or candidate.looked_up:
             why = "rows of it are looked up too, of which no statistic tells"

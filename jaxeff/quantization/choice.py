@@ -2,8 +2,8 @@
 
 import dataclasses
 
+from .codebook import Codebook
 from .formats import Format
-from .vector import Codebook
 
 AnyFormat = Format | Codebook
 

@@ -72,7 +72,7 @@ def gptq_matrix(
     scale = fill(scale, 1)
     zero = None if zero is None else fill(zero, 0)
 
-    def change(k, at, part, diagonal, state):
+    def change(k, at, part, factor, state):
         s, z = scale[:, at], None if zero is None else zero[:, at]
         return round_units(part[:, k], s, z, grid), state
 
@@ -119,7 +119,7 @@ def gptq_groups(
         put = lambda all, one: jax.lax.dynamic_update_slice(all, one, (0, at // group))
         return jax.tree.map(put, state, found)
 
-    def change(k, at, part, diagonal, state):
+    def change(k, at, part, factor, state):
         keep = lambda state, part, k, at: state
         state = jax.lax.cond(k % group == 0, scaled, keep, state, part, k, at)
         s = state.scale[:, at // group]

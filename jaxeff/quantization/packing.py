@@ -7,6 +7,7 @@ sliced without knowing anything of this.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,28 @@ def packed_size(n: int, bits: int) -> int:
     """Bytes that `n` codes take: a last, incomplete run is filled with zeros."""
     codes, n_bytes = run(bits)
     return -(-n // codes) * n_bytes
+
+
+def pack_dim(shape: Sequence[int], batch: Sequence[int], bits: int) -> int:
+    """The dim to lay codes along without a gap: the last that wastes least.
+
+    Args:
+        shape: of the codes.
+        batch: dims that are sliced, where codes of two slices cannot share a byte.
+        bits: of a code.
+
+    Raises:
+        ValueError: all dims are sliced.
+    """
+    free = [d for d in range(len(shape)) if d not in batch]
+    if not free:
+        raise ValueError(
+            f"{bits}-bit codes share bytes along a dim that nothing slices, but all "
+            f"dims of shape {tuple(shape)} are sliced. Choose 8 bits for this weight."
+        )
+    codes, n_bytes = run(bits)
+    waste = lambda d: packed_size(shape[d], bits) * codes / n_bytes / shape[d]
+    return min(reversed(free), key=waste) - len(shape)
 
 
 def pack(codes: UInt8[Array, "..."], bits: int, axis: int) -> UInt8[Array, "..."]:

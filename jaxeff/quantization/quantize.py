@@ -19,14 +19,16 @@ from jaxeff.program import is_leaf, lift, Site, trace
 
 from .arrays import QArray, quantize_array, store
 from .choice import AnyFormat, Choice
+from .codebook import Codebook
 from .formats import Format, int8
 from .grids import named
 from .importance import importances
+from .learn import learn
 from .linear import Linear
 from .products import longest_sum
 from .ranges import activation_scales
 from .scales import Scales
-from .vector import Codebook, learn, VectorArray
+from .vector import VectorArray
 
 Formats = AnyFormat | Mapping[str, AnyFormat | None]
 
@@ -107,6 +109,7 @@ def apply(
     scales: Mapping[str, Scales] | None = None,
     x_scales: Mapping[str, Array] | None = None,
     importance: Mapping[str, Array] | None = None,
+    stored: Mapping[str, Any] | None = None,
 ) -> PyTree:
     """The weights, each in the format chosen for it.
 
@@ -117,16 +120,19 @@ def apply(
         scales: those that are known already, by path.
         x_scales: of activations, by path.
         importance: what each weight's error counts, by path.
+        stored: weights that are in their format already, by path.
     """
+    stored = stored or {}
     scales, x_scales, importance = scales or {}, x_scales or {}, importance or {}
     values, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
 
     def new(x: Any, c: Choice) -> Any:
         if c.format is None:
             return x
+        if c.path in stored:
+            return stored[c.path]
         if isinstance(c.format, Codebook):
-            by = importance.get(c.path)
-            round_it = lambda w: _learn(w, c.format, c.contract, c.batch, by)
+            round_it = lambda w: learned(w, c, importance.get(c.path))
         elif c.path in scales:
             round_it = lambda w: _store(w, c.format, scales[c.path], c.batch)
         else:
@@ -134,7 +140,7 @@ def apply(
             round_it = lambda w: _round(w, c.format, c.contract, c.batch, fit, by)
         shape_only = isinstance(x, jax.ShapeDtypeStruct)
         _check_finite(c.path, x)
-        q = jax.eval_shape(round_it, x) if shape_only else round_it(x)
+        q: Any = jax.eval_shape(round_it, x) if shape_only else round_it(x)
         if c.path in x_scales:
             q = dataclasses.replace(q, x_scale=x_scales[c.path])
         return q
@@ -162,6 +168,14 @@ _round = jax.jit(
     static_argnums=(1, 2, 3, 4),
 )
 _store = jax.jit(store, static_argnums=(1, 3))
+
+
+def learned(w: Any, choice: Choice, importance: Array | None = None) -> VectorArray:
+    """A weight under codebooks; see `learn`."""
+    assert isinstance(choice.format, Codebook)
+    return _learn(w, choice.format, choice.contract, choice.batch, importance)
+
+
 _learn = jax.jit(
     lambda w, format, contract, batch, importance: learn(
         w, format, contract, batch, importance=importance

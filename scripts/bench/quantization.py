@@ -73,8 +73,10 @@ PICTURES: dict[Any, tuple[str, ...]] = {
     q.int4.with_activations("int8", range=STATIC): ("nearest", "GPTQ", "AdaRound"),
     log4_2: ("nearest", "least error", "GPTQ"),
     q.log4: (*NEAREST, *FITTED),
-    Codebook(4): ("nearest", "least output error"),
-    Codebook(3): ("nearest", "least output error"),
+    Codebook(4): ("nearest", "least output error", "GPTQ"),
+    Codebook(3): ("nearest", "least output error", "GPTQ"),
+    Codebook(6, dim=2): ("nearest", "GPTQ"),
+    Codebook(4, dim=2): ("nearest", "GPTQ"),
     q.int3: (*NEAREST, *FITTED),
     uint3: ("nearest", "GPTQ", "AdaRound"),
     wide2: ("nearest", *FITTED),
@@ -99,7 +101,12 @@ TEXTS: dict[Any, tuple[str, ...]] = {
 
 
 def kernels(fmt: Any) -> dict[str, Any]:
-    """The format for every kernel of the ResNet."""
+    """The format for every kernel of the ResNet.
+
+    The three channels of an image make no vectors of two: they are coded one by one.
+    """
+    if isinstance(fmt, Codebook) and fmt.dim > 1:
+        return {"params/conv1/kernel": Codebook(6), "**/kernel": fmt}
     return {"**/kernel": fmt}
 
 

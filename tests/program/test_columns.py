@@ -34,7 +34,7 @@ def test_what_is_left_is_least_given_what_was_changed(block):
     h = h + damping * np.diag(h).mean() * np.eye(20)
     last = 13  # columns up to here are rounded, the others only make up for them
 
-    def change(k, at, part, diagonal, state):
+    def change(k, at, part, factor, state):
         column = part[:, k]
         return jnp.where(at <= last, jnp.round(column), column), state + 1
 
@@ -50,5 +50,5 @@ def test_what_is_left_is_least_given_what_was_changed(block):
 
 def test_columns_that_stay_change_nothing():
     w, x = problem()
-    keep = lambda k, at, part, diagonal, state: (part[:, k], state)
+    keep = lambda k, at, part, factor, state: (part[:, k], state)
     np.testing.assert_array_equal(change_columns(w, x.T @ x, keep, ())[0], w)

@@ -10,7 +10,7 @@ import pytest
 from jaxeff import tree
 from jaxeff.program import describe, lift, lift_report, rebuild
 from jaxeff.quantization import Codebook, quantize, VectorArray
-from jaxeff.quantization.vector import learn
+from jaxeff.quantization.learn import learn
 
 FORMATS = [
     Codebook(4),
@@ -27,7 +27,7 @@ def numpy_dense(q, along):
     """Vectors picked by loops; `along` counts from the front."""
     shape = list(q.shape)
     shape[along] //= q.dim
-    codes, books = np.asarray(q._plain()), np.asarray(q.books)
+    codes, books = np.asarray(q.plain()), np.asarray(q.books)
     out = np.zeros((*shape, q.dim), np.float32)
     for at in np.ndindex(*shape):
         places = zip(at, shape, books.shape[: len(shape)], strict=True)
