@@ -82,6 +82,16 @@ def paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> dict[st
     return named
 
 
+def replaced(
+    tree: PyTree,
+    new: Mapping[str, Any],
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> PyTree:
+    """`tree` with the leaves at some paths replaced; others stay."""
+    one = lambda keypath, x: new.get(path_name(keypath), x)
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_leaf)
+
+
 def _regex(pattern: str) -> re.Pattern[str]:
     # `**/` is any number of whole components (also none); `*` stays inside one.
     tokens = {

@@ -71,11 +71,8 @@ def factorize(
 
 
 def _replace(params: PyTree, chosen: Mapping[str, Factored | str]) -> PyTree:
-    def replace(keypath, x):
-        new = chosen.get(tree.path_name(keypath))
-        return new if isinstance(new, Factored) else x
-
-    return jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_leaf)
+    new = {path: x for path, x in chosen.items() if isinstance(x, Factored)}
+    return tree.replaced(params, new, is_leaf)
 
 
 def choose(

@@ -31,6 +31,7 @@ from .lift import (
     LiftEntry as LiftEntry,
     unlift as unlift,
 )
+from .memory import Memory as Memory
 from .observe import observe as observe, Observed as Observed
 from .reach import data_reaches as data_reaches
 from .resize import (

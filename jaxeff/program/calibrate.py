@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 from rich.console import Console
 from rich.progress import Progress
@@ -26,11 +27,15 @@ from jaxeff import tree
 
 from .leaf import is_leaf
 from .matrices import data_key, data_matrix
+from .memory import Memory
 from .straight import Segments, Step
 from .uses import find_uses, Part, Use, Uses
 
 Statistic = Callable[[Float[Array, "groups n cols"]], PyTree]
 Update = Callable[[Part, Float[Array, "groups rows cols"], Any], Any]
+Restore = Callable[[Part, dict[str, np.ndarray]], None]
+
+_WEIGHT = "weight"  # among what is remembered of a part
 
 
 def squares(x: Float[Array, "groups n cols"]) -> Float[Array, "groups cols"]:
@@ -56,6 +61,8 @@ def calibrate(
     statistic: Statistic,
     update: Update,
     combine: Callable[[Array, Array], Array] = jnp.add,
+    memory: Memory | None = None,
+    restore: Restore | None = None,
     progress: bool = True,
 ) -> PyTree:
     """The parameters, with each chosen weight replaced by what `update` makes of it.
@@ -74,8 +81,12 @@ def calibrate(
         statistic: maps the inputs of a weight, float32, to a tree of arrays.
         combine: makes one of the statistics of two batches or two uses.
         update: maps a part of a weight, the weight there in float32, and all of its
-            statistics combined to the new weight, of the same shape. With a weight cut
-            in parts it is called once for each.
+            statistics combined to the new weight, of the same shape; or to that and a
+            dict of arrays for `restore`. With a weight cut in parts it is called once
+            for each.
+        memory: where parts that are done are remembered; those that are there are
+            not done again, and no statistic is taken of them.
+        restore: is told of each such part, and what `update` gave beside its weight.
         progress: whether to show a bar, if there is a terminal.
 
     Raises:
@@ -85,15 +96,31 @@ def calibrate(
     given = _checked(batches)
     uses = _calibrated(fn, params, given[0], weights)
     run = _Run(uses, [_arrays(batch) for batch in given], statistic, combine)
+
+    def remembered(part, w, total):
+        new = update(part, w, total)
+        new, beside = new if isinstance(new, tuple) else (new, {})
+        if memory is not None:
+            memory.put(part, {**beside, _WEIGHT: new})
+        return new
+
     console = Console(stderr=True)
     hidden = not (progress and console.is_terminal)
     with Progress(console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=len(uses.uses))
         for use in uses.uses:
             bar.update(task, description=use.part.path)
-            run.visit(use, update)
+            done = None if memory is None else memory.get(use.part)
+            if done is None:
+                run.visit(use, remembered)
+            elif use.last:
+                new = done.pop(_WEIGHT)
+                run.visit_done(use, jnp.asarray(new))
+                if restore is not None:
+                    restore(run.part(use), done)
             bar.advance(task)
-    return _replaced(params, {path: run.weight(path) for path in uses.candidates})
+    new = {path: run.weight(path) for path in uses.candidates}
+    return tree.replaced(params, new, is_leaf)
 
 
 def change_parts(
@@ -125,7 +152,7 @@ def change_parts(
             change = lambda w, part=part: update(part, w)
             values[number] = _changed(values[number], elements, change)
     found = {path: values[c.number] for path, c in uses.candidates.items()}
-    return _replaced(params, found)
+    return tree.replaced(params, found, is_leaf)
 
 
 def _calibrated(
@@ -138,11 +165,6 @@ def _calibrated(
                 f"{path} cannot be calibrated: {candidate.reason}. Leave it out."
             )
     return uses
-
-
-def _replaced(params: PyTree, changed: dict[str, Any]) -> PyTree:
-    replace = lambda keypath, x: changed.get(tree.path_name(keypath), x)
-    return jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_leaf)
 
 
 def _checked(batches: Iterable[tuple]) -> list[tuple]:
@@ -235,11 +257,22 @@ class _Run:
                 f"what flows into {use.part.path} at {use.source} is not finite, or "
                 "too large to be summed in float32: check the batches and the model."
             )
+        part = self.part(use)
+        self._change(use, part, lambda w: update(part, w, total))
+
+    def visit_done(self, use: Use, new: Array) -> None:
+        """Goes on to that use, and puts the weight that is known already."""
+        self._advance(use.step)
+        self._change(use, self.part(use), lambda w: new)
+
+    def part(self, use: Use) -> Part:
+        """What a use sees of a weight, with its elements."""
+        return dataclasses.replace(use.part, elements=self.uses.elements(use))
+
+    def _change(self, use: Use, part: Part, change: Callable) -> None:
+        assert part.elements is not None
         number = self.uses.candidates[use.part.path].number
-        elements = self.uses.elements(use)
-        part = dataclasses.replace(use.part, elements=elements)
-        change = lambda w: update(part, w, total)
-        self.values[number] = _changed(self.values[number], elements, change)
+        self.values[number] = _changed(self.values[number], part.elements, change)
 
     def _collect(self, use: Use) -> PyTree:
         """The statistic of what flows in there, summed over the batches."""

@@ -8,6 +8,7 @@ Sources: Wanda: Sun et al. 2023, arXiv:2306.11695; SparseGPT: Frantar & Alistarh
 """
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,15 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxeff import tree
-from jaxeff.program import calibrate, Candidate, change_parts, find_uses, gram, squares
+from jaxeff.program import (
+    calibrate,
+    Candidate,
+    change_parts,
+    find_uses,
+    gram,
+    Memory,
+    squares,
+)
 
 from .lowest import drop_anywhere, drop_by_row, NM, parse_sparsity, Sparsity
 from .sparsegpt import prune_matrix
@@ -69,6 +78,7 @@ def wanda(
     sparsity: float | int | str = 0.5,
     only: tree.Patterns | None = None,
     compare: str = "output",
+    resume: str | Path | None = None,
     progress: bool = True,
 ) -> tuple[Callable, PyTree]:
     """Drops weights by magnitude times the norm of their input, output by output.
@@ -82,6 +92,9 @@ def wanda(
         batches: tuples of arguments to calibrate with, all of the same shapes.
         compare: "output": weights of one output with each other, as the paper does
             for language models. "layer": all of a layer; int(size * sparsity) go.
+        resume: a folder that remembers each weight that is done, so that a second run
+            with the same arguments goes on where the first was stopped. It may be
+            deleted once the result is saved.
         progress: whether to show a bar, if there is a terminal.
 
     Returns:
@@ -89,7 +102,8 @@ def wanda(
 
     Raises:
         ValueError: as `prune_magnitude`; or there is no batch, two differ in shape,
-            or what flows into a weight is not finite.
+            what flows into a weight is not finite, or `resume` holds parts of another
+            run.
 
     Source: Sun et al. 2023, arXiv:2306.11695, section 3.
     """
@@ -102,6 +116,11 @@ def wanda(
     amount = parse_sparsity(sparsity)
     weights = _chosen(fn, params, args, amount, only)
 
+    given = list(batches)
+    memory = None
+    if resume is not None:
+        memory = Memory(resume, ("wanda", str(amount), compare, weights, params, given))
+
     def update(part, w, total):
         score = jnp.abs(w) * jnp.sqrt(total)[:, None]
         return jnp.where(drop(score, amount), 0, w)
@@ -109,10 +128,11 @@ def wanda(
     return fn, calibrate(
         fn,
         params,
-        batches,
+        given,
         weights=weights,
         statistic=squares,
         update=update,
+        memory=memory,
         progress=progress,
     )
 
@@ -126,6 +146,7 @@ def sparsegpt(
     only: tree.Patterns | None = None,
     block: int = 128,
     damping: float = 0.01,
+    resume: str | Path | None = None,
     progress: bool = True,
 ) -> tuple[Callable, PyTree]:
     """Drops weights and changes those that stay, so that outputs change least.
@@ -134,7 +155,7 @@ def sparsegpt(
     (inputs, inputs) for one weight at a time, and time cubic in the inputs.
 
     Args:
-        fn, params, args, batches, sparsity, only, progress: as for `wanda`.
+        fn, params, args, batches, sparsity, only, resume, progress: as for `wanda`.
         block: inputs among which the least important are chosen at a time.
         damping: times the mean squared input is added to each squared input; more
             of it trusts few data less.
@@ -154,6 +175,11 @@ def sparsegpt(
         )
     amount = parse_sparsity(sparsity)
     weights = _chosen(fn, params, args, amount, only)
+    given = list(batches)
+    memory = None
+    if resume is not None:
+        of = ("sparsegpt", str(amount), block, damping, weights, params, given)
+        memory = Memory(resume, of)
     prune = lambda w, h: prune_matrix(w, h, amount, block=block, damping=damping)
 
     def update(part, w, total):
@@ -162,10 +188,11 @@ def sparsegpt(
     return fn, calibrate(
         fn,
         params,
-        batches,
+        given,
         weights=weights,
         statistic=gram,
         update=update,
+        memory=memory,
         progress=progress,
     )
 

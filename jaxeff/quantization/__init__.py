@@ -31,6 +31,7 @@ from .formats import (
     w8a8_fp8 as w8a8_fp8,
 )
 from .linear import Linear as Linear
+from .log import Entry as Entry, Log as Log
 from .logarithmic import Logarithmic as Logarithmic
 from .low_precision import low_precision as low_precision
 from .qat import (

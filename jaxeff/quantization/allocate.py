@@ -200,7 +200,7 @@ def sensitivity(
             bar.update(task, description=c.path)
             w = weights[c.path]
             (q,) = apply([w], [c], fit=fit)
-            new = _replaced(params, c.path, dense(q))
+            new = tree.replaced(params, {c.path: dense(q)})
             added = total(new) - base
             option = Option(c.path, c.format, tree.tree_bytes(q), added)
             found.setdefault(c.path, []).append(option)
@@ -218,8 +218,3 @@ def _relative(outputs: PyTree, exact: PyTree) -> Any:
     pairs = zip(*map(jax.tree.leaves, (outputs, exact)), strict=True)
     floats = [(a, b) for a, b in pairs if jnp.issubdtype(a.dtype, jnp.floating)]
     return sum(off(a, b) for a, b in floats) / sum(size(b) for _, b in floats)
-
-
-def _replaced(params: PyTree, path: str, w: Any) -> PyTree:
-    one = lambda keypath, x: w if tree.path_name(keypath) == path else x
-    return jax.tree_util.tree_map_with_path(one, params)

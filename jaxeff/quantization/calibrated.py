@@ -7,6 +7,7 @@ own.
 
 import functools
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,22 +15,33 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxeff import tree
-from jaxeff.program import calibrate, find_uses, gram, lift
+from jaxeff.program import (
+    calibrate,
+    dense,
+    find_uses,
+    gram,
+    lift,
+    Memory,
+    Part,
+    relative_error,
+)
 
 from . import scales as scaling
 from .adaround import adaround_matrix
-from .choice import Choice
+from .choice import AnyFormat, Choice
 from .codebook import Codebook
 from .coding import Coding, Encode
 from .formats import Format
 from .gptq import gptq_groups, gptq_matrix
 from .gptq_codes import gptq_codes
 from .importance import importances
+from .log import errors, Log
 from .places import Place, place
-from .quantize import apply, check_formats, choose, Formats, learned, quantize
+from .quantize import apply, check_formats, choose, Formats, quantize, round_weight
 from .ranges import activation_scales
 from .rescale import rescale_by_error
 from .scales import Scales
+from .vector import VectorArray
 
 
 def gptq(
@@ -43,6 +55,8 @@ def gptq(
     static_groups: bool = True,
     block: int = 128,
     damping: float = 0.01,
+    resume: str | Path | None = None,
+    log: Log | None = None,
     progress: bool = True,
 ) -> tuple[Callable, PyTree]:
     """Rounds weights one input after another; later inputs make up for each error.
@@ -67,6 +81,10 @@ def gptq(
             depends on it.
         damping: times the mean squared input is added to each squared input; more
             of it trusts few data less.
+        resume: a folder that remembers each weight that is done, so that a second run
+            with the same arguments goes on where the first was stopped. It may be
+            deleted once the result is saved.
+        log: collects format, errors and time of each weight.
         progress: whether to show a bar, if there is a terminal.
 
     Returns:
@@ -75,7 +93,8 @@ def gptq(
     Raises:
         ValueError: as `quantize` and `program.calibrate`; `block` is below 1,
             `damping` not above 0, or groups that are not static meet a format whose
-            scales are not one float32 for a run of inputs.
+            scales are not one float32 for a run of inputs; or `resume` holds parts
+            of another run.
 
     Source: Frantar et al. 2022, arXiv:2210.17323, section 3; activation order and
     static groups: its authors' later code; codebooks: van Baalen et al. 2024,
@@ -95,7 +114,8 @@ def gptq(
 
     options = {"activation_order": activation_order, "block": block, "damping": damping}
     encode = functools.partial(gptq_codes, **options)
-    return _rounded(fn, params, args, batches, formats, fit, progress, rounded, encode)
+    job = Job("gptq", {**options, "static_groups": static_groups}, rounded, encode)
+    return _rounded(fn, params, args, batches, formats, fit, job, resume, log, progress)
 
 
 def adaround(
@@ -108,6 +128,8 @@ def adaround(
     steps: int = 2000,
     learning_rate: float = 1e-2,
     penalty: float = 1.0,
+    resume: str | Path | None = None,
+    log: Log | None = None,
     progress: bool = True,
 ) -> tuple[Callable, PyTree]:
     """Rounds each weight up or down, whichever a few steps of training find better.
@@ -117,7 +139,7 @@ def adaround(
 
     Args:
         fn, params, args, formats: as for `quantize`.
-        batches, fit, progress: as for `gptq`.
+        batches, fit, resume, log, progress: as for `gptq`.
         steps, learning_rate, penalty: see `adaround.adaround_matrix`.
 
     Returns:
@@ -132,11 +154,11 @@ def adaround(
         raise ValueError(f"rounding is learned in 1 step or more, got {steps}.")
 
     def rounded(at: Task, w: Array, h: Array) -> tuple[Array, Scales]:
-        options = {"learning_rate": learning_rate, "penalty": penalty}
-        one = functools.partial(adaround_matrix, steps=steps, **options)
-        return at.rounded(one, w, h, fit)
+        return at.rounded(functools.partial(adaround_matrix, **options), w, h, fit)
 
-    return _rounded(fn, params, args, batches, formats, fit, progress, rounded)
+    options = {"steps": steps, "learning_rate": learning_rate, "penalty": penalty}
+    job = Job("adaround", options, rounded)
+    return _rounded(fn, params, args, batches, formats, fit, job, resume, log, progress)
 
 
 def awq(
@@ -147,6 +169,7 @@ def awq(
     formats: Formats | None = None,
     fit: str = "mse",
     steps: int = 20,
+    log: Log | None = None,
     progress: bool = True,
 ) -> tuple[Callable, PyTree]:
     """Makes room for the inputs that matter before weights are rounded to the nearest.
@@ -158,7 +181,7 @@ def awq(
 
     Args:
         fn, params, args, formats: as for `quantize`.
-        batches, progress: as for `gptq`.
+        batches, log, progress: as for `gptq`.
         fit: "absmax", "mse" or "hqq", see `quantize`.
         steps: powers of the inputs' sizes that are tried for s.
 
@@ -181,8 +204,32 @@ def awq(
         fn, params, args, given, known, steps=steps, fit=fit, progress=progress
     )
     return quantize(
-        fn, scaled, *args, formats=formats, fit=fit, batches=given, progress=progress
+        fn,
+        scaled,
+        *args,
+        formats=formats,
+        fit=fit,
+        batches=given,
+        log=log,
+        progress=progress,
     )
+
+
+class Job(NamedTuple):
+    """An algorithm that rounds matrices.
+
+    Attributes:
+        name: of it.
+        options: that its results depend on.
+        round: maps a task, the matrices, and x^T x of their inputs to matrices on
+            the grid and the scales of the window.
+        encode: the same for a matrix under codebooks; None: it cannot.
+    """
+
+    name: str
+    options: dict[str, Any]
+    round: Callable[["Task", Array, Array], tuple[Array, Scales]]
+    encode: Encode | None = None
 
 
 class Task(NamedTuple):
@@ -226,59 +273,122 @@ def _rounded(
     batches: Iterable[tuple],
     formats: Formats | None,
     fit: str,
+    job: Job,
+    resume: str | Path | None,
+    log: Log | None,
     progress: bool,
-    algorithm: Callable[[Task, Array, Array], tuple[Array, Scales]],
-    encode: Encode | None = None,
 ) -> tuple[Callable, PyTree]:
-    """Applies an algorithm to the matrices of each weight, and `quantize` to the rest.
-
-    Args:
-        algorithm: maps a task, the matrices, and x^T x of their inputs to matrices on
-            the grid and the scales of the window.
-        encode: the same for a matrix under codebooks; None: it cannot.
-    """
+    """Applies an algorithm to the matrices of weights, and `quantize` to the rest."""
     check_formats(formats)
     choices = choose(fn, params, args, formats)
     given = list(batches)
-    left = _unfitted(fn, params, args, choices, codes=encode is not None)
+    left = _unfitted(fn, params, args, choices, codes=job.encode is not None)
     found = [c for c in choices if c.format is not None and c.path not in left]
-    todo = {c.path: (c, c.format) for c in found if isinstance(c.format, Format)}
+    memory = None
+    if resume is not None:
+        asked = [(c.path, str(c.format)) for c in found]
+        memory = Memory(resume, (job.name, job.options, fit, asked, params, given))
+    weights = tree.paths(params)
+    rounding = _Rounding({c.path: c for c in found}, weights, fit, job, log)
     coded = [c for c in found if isinstance(c.format, Codebook)]
-    weights, scales = tree.paths(params), dict[str, Scales]()
     importance = {}
     if fit == "mse" and coded:
         importance = importances(fn, params, args, given, coded, progress)
-    codings = {
-        c.path: Coding(c.path, learned(weights[c.path], c, importance.get(c.path)))
-        for c in coded
-    }
-
-    def update(part, w, h):
-        if part.path in codings:
-            assert encode is not None
-            return codings[part.path].encode(part, w, h, encode)
-        (c, format), weight = todo[part.path], jnp.asarray(weights[part.path])
-        shared = format.blocks(weight.shape, c.contract, c.batch)
-        if part.path not in scales:
-            scales[part.path] = scaling.fit(weight, format, shared, c.batch)
-        here = place(part, weight.shape, shared, c.batch)
-        new, found = algorithm(Task(format, here, weight), w, h)
-        scales[part.path] = here.put(scales[part.path], found)
-        return new
-
+    for c in coded:
+        books = round_weight(weights[c.path], c, importance=importance.get(c.path))
+        rounding.codings[c.path] = Coding(c.path, books)
+    # What no data tells of is rounded first, so that the others make up for it.
+    nearest = {}
+    for c in choices:
+        if c.path in left and c.format is not None:
+            q = nearest[c.path] = round_weight(weights[c.path], c, fit)
+            if log is not None:
+                error = relative_error(weights[c.path], q)
+                log.add(c.path, 0, c.format.name, error or 0.0)
+    params = tree.replaced(params, {path: dense(q) for path, q in nearest.items()})
     new = calibrate(
         fn,
         params,
         given,
         weights=[c.path for c in found],
         statistic=gram,
-        update=update,
+        update=rounding.update,
+        memory=memory,
+        restore=rounding.restore,
         progress=progress,
     )
     x_scales = activation_scales(fn, params, given, choices)
-    stored = {path: coding.stored() for path, coding in codings.items()}
-    given = {"scales": scales, "x_scales": x_scales, "stored": stored}
-    return lift(fn), apply(new, choices, fit=fit, **given)
+    stored = rounding.coded() | nearest
+    scales = rounding.scales
+    new = apply(new, choices, scales=scales, stored=stored, x_scales=x_scales)
+    return lift(fn), new
+
+
+class _Rounding:
+    """The scales and the codes of weights, part by part."""
+
+    def __init__(
+        self,
+        choices: dict[str, Choice],
+        weights: dict[str, Any],
+        fit: str,
+        job: Job,
+        log: Log | None,
+    ):
+        self.choices, self.weights = choices, weights
+        self.fit, self.job, self.log = fit, job, log
+        self.scales: dict[str, Scales] = {}
+        self.codings: dict[str, Coding] = {}
+
+    def update(self, part: Part, w: Array, h: Array) -> tuple[Array, dict[str, Array]]:
+        """Rounds a part; returns it, and what is to be remembered beside it."""
+        if part.path in self.codings:
+            assert self.job.encode is not None
+            coding = self.codings[part.path]
+            new, codes = coding.encode(part, w, h, self.job.encode)
+            coding.put(part, codes)
+            beside = {"codes": codes}
+        else:
+            task = self._task(part)
+            new, found = self.job.round(task, w, h)
+            self._put(part, task, found)
+            # Scales of 8 bits are exact in float32, which any file can hold.
+            held = {k: x for k, x in found._asdict().items() if x is not None}
+            beside = {name: x.astype(jnp.float32) for name, x in held.items()}
+        if self.log is not None:
+            error, output_error = map(float, errors(w, new, h))
+            name = self._format(part).name
+            self.log.add(part.path, part.index, name, error, output_error)
+        return new, beside
+
+    def restore(self, part: Part, beside: dict[str, Any]) -> None:
+        """Takes what was remembered of a part."""
+        if part.path in self.codings:
+            self.codings[part.path].put(part, jnp.asarray(beside["codes"]))
+            return
+        found = Scales(**{name: jnp.asarray(x) for name, x in beside.items()})
+        self._put(part, self._task(part), found)
+
+    def coded(self) -> dict[str, VectorArray]:
+        """The weights under codebooks, by path."""
+        return {path: coding.stored() for path, coding in self.codings.items()}
+
+    def _format(self, part: Part) -> AnyFormat:
+        fmt = self.choices[part.path].format
+        assert fmt is not None
+        return fmt
+
+    def _task(self, part: Part) -> Task:
+        c, format = self.choices[part.path], self._format(part)
+        assert isinstance(format, Format)
+        weight = jnp.asarray(self.weights[part.path])
+        shared = format.blocks(weight.shape, c.contract, c.batch)
+        if part.path not in self.scales:
+            self.scales[part.path] = scaling.fit(weight, format, shared, c.batch)
+        return Task(format, place(part, weight.shape, shared, c.batch), weight)
+
+    def _put(self, part: Part, task: Task, found: Scales) -> None:
+        self.scales[part.path] = task.place.put(self.scales[part.path], found)
 
 
 def unfitted(

@@ -43,13 +43,13 @@ class Coding:
         w: Float[Array, "groups rows cols"],
         h: Float[Array, "groups cols cols"],
         encode: Encode,
-    ) -> Float[Array, "groups rows cols"]:
-        """Finds the codes of a part; returns the weights they stand for.
+    ) -> tuple[Float[Array, "groups rows cols"], Int[Array, "groups rows vectors s"]]:
+        """The weights of a part that codes stand for, and these codes.
 
         Raises:
             ValueError: not all weights of a vector are in the part.
         """
-        columns, vectors, row = self._find(np.asarray(part.elements))
+        columns, _, row = self._find(np.asarray(part.elements))
         at = np.unravel_index(row, self.learned.shape)
         books = self.learned.books
         ndim, lengths = self.learned.ndim, books.shape[: self.learned.ndim]
@@ -66,10 +66,14 @@ class Coding:
         h = h[:, columns][:, :, columns]
         book = jnp.asarray(book.reshape(row.shape), jnp.int32)
         new, codes = run(w[:, :, columns], h, books, book, scale)
+        return new[:, :, np.argsort(columns)], codes
+
+    def put(self, part: Part, codes: Int[Array, "groups rows vectors s"]) -> None:
+        """Replaces the codes of a part."""
+        _, vectors, _ = self._find(np.asarray(part.elements))
         flat = self.codes.reshape(-1, self.learned.stages)
         flat = flat.at[vectors].set(codes.astype(flat.dtype))
         self.codes = flat.reshape(self.codes.shape)
-        return new[:, :, np.argsort(columns)]
 
     def stored(self) -> VectorArray:
         """The weight with the codes found."""

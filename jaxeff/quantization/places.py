@@ -108,7 +108,7 @@ class Place:
             # JAX selects among numbers of 8 bits by way of wider ones.
             wide = new.reshape(inside.shape).astype(jnp.float32)
             now = jnp.where(mine, wide, inside.astype(jnp.float32))
-            return old.at[self.index].set(now.astype(new.dtype))
+            return old.at[self.index].set(now.astype(old.dtype))
 
         return jax.tree.map(put, found, all)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jaxeff import tree
-from jaxeff.program import is_leaf, lift, Site, trace
+from jaxeff.program import is_leaf, lift, relative_error, Site, trace
 
 from .arrays import QArray, quantize_array, store
 from .choice import AnyFormat, Choice
@@ -25,6 +25,7 @@ from .grids import named
 from .importance import importances
 from .learn import learn
 from .linear import Linear
+from .log import Log
 from .products import longest_sum
 from .ranges import activation_scales
 from .scales import Scales
@@ -47,6 +48,7 @@ def quantize(
     formats: Formats | None = None,
     fit: str = "absmax",
     batches: Iterable[tuple] | None = None,
+    log: Log | None = None,
     progress: bool = True,
 ) -> tuple[Callable, PyTree]:
     """The function, and its weights rounded to the nearest of few numbers.
@@ -67,6 +69,7 @@ def quantize(
             to "output" or else to the weights.
         batches: tuples of arguments, for "output" and for formats whose activations
             have a range.
+        log: collects format, error and time of each weight.
         progress: whether to show a bar where there is data and a terminal.
 
     Returns:
@@ -85,8 +88,8 @@ def quantize(
     if fit == "output":
         weighed = importances(fn, params, args, given or [], choices, progress)
         fit = "mse"
-    new = apply(params, choices, fit=fit, x_scales=x_scales, importance=weighed)
-    return lift(fn), new
+    given = {"x_scales": x_scales, "importance": weighed, "log": log}
+    return lift(fn), apply(params, choices, fit=fit, **given)
 
 
 def check_formats(formats: Any) -> None:
@@ -110,6 +113,7 @@ def apply(
     x_scales: Mapping[str, Array] | None = None,
     importance: Mapping[str, Array] | None = None,
     stored: Mapping[str, Any] | None = None,
+    log: Log | None = None,
 ) -> PyTree:
     """The weights, each in the format chosen for it.
 
@@ -121,6 +125,7 @@ def apply(
         x_scales: of activations, by path.
         importance: what each weight's error counts, by path.
         stored: weights that are in their format already, by path.
+        log: collects those weights that are neither in `scales` nor in `stored`.
     """
     stored = stored or {}
     scales, x_scales, importance = scales or {}, x_scales or {}, importance or {}
@@ -129,24 +134,48 @@ def apply(
     def new(x: Any, c: Choice) -> Any:
         if c.format is None:
             return x
-        if c.path in stored:
-            return stored[c.path]
-        if isinstance(c.format, Codebook):
-            round_it = lambda w: learned(w, c, importance.get(c.path))
-        elif c.path in scales:
-            round_it = lambda w: _store(w, c.format, scales[c.path], c.batch)
-        else:
-            by = importance.get(c.path)
-            round_it = lambda w: _round(w, c.format, c.contract, c.batch, fit, by)
-        shape_only = isinstance(x, jax.ShapeDtypeStruct)
-        _check_finite(c.path, x)
-        q: Any = jax.eval_shape(round_it, x) if shape_only else round_it(x)
+        q = stored.get(c.path)
+        if q is None:
+            known = scales.get(c.path)
+            q = round_weight(x, c, fit, known, importance.get(c.path))
+            if log is not None and known is None:
+                log.add(c.path, 0, c.format.name, relative_error(x, q) or 0.0)
         if c.path in x_scales:
             q = dataclasses.replace(q, x_scale=x_scales[c.path])
         return q
 
     new_values = [new(x, c) for x, c in zip(values, choices, strict=True)]
     return jax.tree.unflatten(treedef, new_values)
+
+
+def round_weight(
+    x: Any,
+    choice: Choice,
+    fit: str = "absmax",
+    scales: Scales | None = None,
+    importance: Array | None = None,
+) -> Any:
+    """One weight in its format, or the shape of that for the shape of one.
+
+    Args:
+        x: the weight.
+        choice: with a format.
+        fit, scales, importance: as for `apply`, for this one.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    c, format = choice, choice.format
+    if isinstance(format, Codebook):
+        round_it = lambda w: _learn(w, format, c.contract, c.batch, importance)
+    elif scales is not None:
+        round_it = lambda w: _store(w, format, scales, c.batch)
+    else:
+        round_it = lambda w: _round(w, format, c.contract, c.batch, fit, importance)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.eval_shape(round_it, x)
+    _check_finite(c.path, x)
+    return round_it(x)
 
 
 def _check_finite(path: str, x: Any) -> None:
@@ -168,14 +197,6 @@ _round = jax.jit(
     static_argnums=(1, 2, 3, 4),
 )
 _store = jax.jit(store, static_argnums=(1, 3))
-
-
-def learned(w: Any, choice: Choice, importance: Array | None = None) -> VectorArray:
-    """A weight under codebooks; see `learn`."""
-    assert isinstance(choice.format, Codebook)
-    return _learn(w, choice.format, choice.contract, choice.batch, importance)
-
-
 _learn = jax.jit(
     lambda w, format, contract, batch, importance: learn(
         w, format, contract, batch, importance=importance
