@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+from jaxeff.export import load_safetensors, save_safetensors
 from jaxeff.quantization import (
     bfloat16,
     Codebook,
@@ -53,10 +54,12 @@ EVERY = [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in F
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_model_comes_back_from_disk_as_it_was(name, tmp_path):
+@pytest.mark.parametrize("how", [save_model, save_safetensors])
+def test_a_model_comes_back_from_disk_as_it_was(how, name, tmp_path):
+    load = {save_model: load_model, save_safetensors: load_safetensors}[how]
     q_fn, q = make(name)
-    save_model(tmp_path / "model", q_fn, q)
-    again_fn, again, _ = load_model(tmp_path / "model", fn, PARAMS)
+    how(tmp_path / "model", q_fn, q)
+    again_fn, again, _ = load(tmp_path / "model", fn, PARAMS)
     assert jax.tree.structure(again) == jax.tree.structure(q)
     for ours, theirs in zip(*map(jax.tree.leaves, (again, q)), strict=True):
         assert ours.dtype == theirs.dtype
