@@ -39,6 +39,11 @@ from .money import (
     usd_per_million as usd_per_million,
 )
 from .processors import Processor as Processor, processor as processor
+from .products import (
+    FastProducts as FastProducts,
+    TimedProduct as TimedProduct,
+    tune_products as tune_products,
+)
 from .profiles import (
     compare as compare,
     comparison_table as comparison_table,

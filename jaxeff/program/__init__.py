@@ -17,6 +17,7 @@ from .leaf import (
     dense as dense,
     dense_size as dense_size,
     Dot as Dot,
+    dot_of as dot_of,
     DotDims as DotDims,
     is_leaf as is_leaf,
     keep as keep,
@@ -28,7 +29,9 @@ from .leaf import (
 from .lift import (
     lift as lift,
     lift_report as lift_report,
+    Lifted as Lifted,
     LiftEntry as LiftEntry,
+    Lifting as Lifting,
     unlift as unlift,
 )
 from .memory import Memory as Memory

@@ -210,6 +210,13 @@ class Leaf(abc.ABC):
         """`dot(x, self.dense())`."""
         return NotImplemented
 
+    def forms(self, x: Array, dot: Dot) -> dict[str, Callable[[], Any]]:
+        """Other ways to compute what `dot` does, by name, that may be faster.
+
+        Law: each equals `dot` up to the rounding of floating-point sums.
+        """
+        return {}
+
     def conv(self, x: Array, conv: Conv) -> Any:
         """`conv(x, self.dense())`."""
         return NotImplemented

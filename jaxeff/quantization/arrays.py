@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -16,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 from jaxeff.program import Conv, Dot, Leaf, take_places
 from jaxeff.tree import pytree, static
 
-from . import blocks, products, scales as scaling
+from . import blocks, forms, products, scales as scaling
 from .formats import Format, product_name
 from .grids import Grid, named
 from .packing import pack, pack_dim, unpack
@@ -200,6 +201,60 @@ class QArray(Leaf):
             y = self._sum_of_groups(x, dot)
             return y if y is NotImplemented else y.astype(out)
         return products.dot(x, *self._factor(), dot).astype(out)
+
+    def forms(self, x: Array, dot: Dot) -> dict[str, Callable[[], Any]]:
+        """Where activations are not rounded; see `forms.py`."""
+        return {} if self.activations or not _multiplies(x) else forms.of(self, x, dot)
+
+    def can_cut(self, dim: int, size: int) -> bool:
+        """Whether pieces of that length cut no byte and no block under one scale."""
+        count, left = divmod(self.shape[dim], size)
+        packed = self.packed is not None and self.packed + self.ndim == dim
+        lengths = [x.shape[dim] for x in jax.tree.leaves(self._beside(lambda x: x))]
+        bytes_too = not packed or size * self.bits % 8 == 0
+        return not left and bytes_too and all(n == 1 or n % count == 0 for n in lengths)
+
+    def piece(self, dim: int, index: Any, size: int) -> "QArray":
+        """One of the equal pieces that a dim can be cut into; `index` may be traced."""
+        count = self.shape[dim] // size
+        packed = self.packed is not None and self.packed + self.ndim == dim
+
+        def cut(x: Array) -> Array:
+            n = x.shape[dim] // count
+            return jax.lax.dynamic_slice_in_dim(x, index * n, n, dim)
+
+        beside = self._beside(lambda x: x if x.shape[dim] == 1 else cut(x))
+        length = size if packed else self.length
+        return dataclasses.replace(
+            self, values=cut(self.values), length=length, **beside
+        )
+
+    def planes(self) -> "list[QArray]":
+        """Each of the codes that share a byte as an array of its own.
+
+        Of `n` to a byte, plane i holds every n-th index from i on of the dim they
+        lie along. Empty where that is no whole number, or cuts a block of a scale.
+        """
+        if self.packed is None or 8 % self.bits or self.bits == 8:
+            return []
+        n, dim = 8 // self.bits, self.packed
+        beside = jax.tree.leaves(self._beside(lambda x: x))
+        if self.length % n or any(x.shape[dim] not in (1, self.length) for x in beside):
+            return []
+
+        def plane(i: int) -> QArray:
+            codes = (self.values >> (self.bits * i)) & (2**self.bits - 1)
+            every = (slice(i, None, n), *[slice(None)] * (-dim - 1))
+            cut = lambda x: x if x.shape[dim] == 1 else x[(..., *every)]
+            return dataclasses.replace(
+                self,
+                values=self.numbers.from_bytes(codes),
+                packed=None,
+                length=0,
+                **self._beside(cut),
+            )
+
+        return [plane(i) for i in range(n)]
 
     @property
     def _lengths(self) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 _ROWS, _COLUMNS, _INPUTS = 256, 512, 512  # of a step, at most
 _LANES = 128  # what a tile's dims are multiples of, where they do not cover all
@@ -35,9 +35,7 @@ def tile(n: int, most: int) -> int | None:
     return next(fitting, None)
 
 
-def unfit(
-    inputs: int, outputs: int, bits: int, packed: int | None, group: int
-) -> str:
+def unfit(inputs: int, outputs: int, bits: int, packed: int | None, group: int) -> str:
     """Why `product` cannot take a weight; empty where it can.
 
     Args:
@@ -66,7 +64,7 @@ def unfit(
 @functools.partial(jax.jit, static_argnames=("bits", "packed", "interpret"))
 def product(
     x: Float[Array, "rows inputs"],
-    values: Int[Array, "..."],
+    values: Integer[Array, "..."],
     scale: Float[Array, "groups outputs"],
     *,
     bits: int,
@@ -107,8 +105,10 @@ def product(
     # Of three dims, as the last two of a block must be whole or multiples of a tile.
     scales = scales[:, :, None, :]
     per_step = 1 if groups == 1 else tk // group
-    group_at = (lambda i, j, s: (0, 0, 0, j)) if groups == 1 else (
-        lambda i, j, s: (0, s, 0, j)
+    group_at = (
+        (lambda i, j, s: (0, 0, 0, j))
+        if groups == 1
+        else (lambda i, j, s: (0, s, 0, j))
     )
 
     def kernel(x_ref, w_ref, s_ref, out_ref):

@@ -67,6 +67,10 @@ class Config:
     """Channels stay in multiples of this; others train more slowly on a CPU."""
     epochs: float = 2
     """Passes over the 20,000 training images after shrinking; 0 does not train."""
+    rounds: int = 1
+    """Shrink little by little, and train in between."""
+    round_epochs: float = 3
+    """Passes after each round but the last; `epochs` counts them in."""
     batch_size: int = 128
     """Images per step."""
     learning_rate: float = 2e-3
@@ -147,8 +151,10 @@ SCORES = (
 )
 
 
-def shrink(c: Config, m: Model, score: str, scope: str, seed: int) -> Selection:
-    """What leaves, to fit the budget."""
+def shrink(
+    c: Config, m: Model, score: str, scope: str, seed: int, at_most: float
+) -> Selection:
+    """What leaves, to fit the FLOPs."""
     scorer, normalize = score_of(score, m, seed)
     return pruning.select(
         m.fn,
@@ -159,16 +165,23 @@ def shrink(c: Config, m: Model, score: str, scope: str, seed: int) -> Selection:
         scope=scope,
         normalize=normalize,
         multiple=c.multiple,
-        budget=pruning.flops(c.budget),
+        budget=pruning.flops(int(at_most)),
     )
 
 
-def finetune(c: Config, m: Model, chosen: Selection, seed: int) -> Any:
-    """The weights after training with the dense model as the teacher."""
-    params = chosen.take(m.params)
-    steps = round(c.epochs * data.steps_per_epoch(m.train, c.batch_size))
+def smaller(m: Model, chosen: Selection) -> Model:
+    """The model without what leaves."""
+    resize, params = chosen.resize, chosen.take(m.params)
+    return dataclasses.replace(
+        m, fn=resize(m.fn), train_fn=resize(m.train_fn), params=params
+    )
+
+
+def finetune(c: Config, m: Model, small: Model, epochs: float, seed: int) -> Model:
+    """The smaller model trained with the dense one as its teacher."""
+    steps = round(epochs * data.steps_per_epoch(m.train, c.batch_size))
     if steps == 0:
-        return params
+        return small
     rate = optax.warmup_cosine_decay_schedule(
         0.0, c.learning_rate, max(1, steps // 20), max(2, steps)
     )
@@ -180,20 +193,19 @@ def finetune(c: Config, m: Model, chosen: Selection, seed: int) -> Any:
         images = images if shift is None else shift(first, images)
         return mixed(second, images, c.mixup)
 
-    student = classifier(
-        chosen.resize(m.train_fn), augment=augment if c.mixup else shift
-    )
+    student = classifier(small.train_fn, augment=augment if c.mixup else shift)
     weight = 1.0 if c.mixup else 0.9
     loss = response_loss(student, m.fn, temperature=c.temperature, weight=weight)
     mesh = make_mesh()
     step = make_train_step(loss, tx, trainable="params/**")
-    state = init_state(params, tx, jr.key(seed), trainable="params/**")
+    state = init_state(small.params, tx, jr.key(seed), trainable="params/**")
     batches = data.prefetch(
         data.batches(m.train, c.batch_size, seed=seed),
         batch_sharding(mesh, c.batch_size),
     )
     taught_step = taught(step, replicate(m.params, mesh))
-    return fit(taught_step, replicate(state, mesh), batches, steps=steps).params
+    state = fit(taught_step, replicate(state, mesh), batches, steps=steps)
+    return dataclasses.replace(small, params=state.params)
 
 
 def mixed(key: Any, images: Any, share: float) -> Any:
@@ -210,36 +222,54 @@ def mixed(key: Any, images: Any, share: float) -> Any:
 
 def measure(c: Config, m: Model, score: str, scope: str, seed: int) -> dict[str, Any]:
     """One run."""
-    began = time.perf_counter()
-    chosen = shrink(c, m, score, scope, seed)
-    fn, params = chosen.resize(m.fn), chosen.take(m.params)
     x = jnp.asarray(m.train.images[:1])
-    cost = lambda fn, params: trace(fn, params, x).costs.flops
-    before = accuracy(fn, params, m.test, 500)
-    searched, busy = time.perf_counter(), time.process_time()
-    after = accuracy(fn, finetune(c, m, chosen, seed), m.test, 500)
+    cost = lambda m: trace(m.fn, m.params, x).costs.flops
+    small, before, epochs = m, 0.0, [c.round_epochs] * (c.rounds - 1)
+    epochs.append(c.epochs - sum(epochs))
+    widths: list[int] = []
+    spent = {"select": 0.0, "train": 0.0, "core": 0.0}
+    for n in range(c.rounds):
+        began = time.perf_counter()
+        at_most = cost(m) * c.budget ** ((n + 1) / c.rounds)
+        chosen = shrink(c, small, score, scope, seed, at_most)
+        small = smaller(small, chosen)
+        widths = [int(mask.sum()) for mask in chosen.keep.values()]
+        before = accuracy(small.fn, small.params, m.test, 500)
+        searched, busy = time.perf_counter(), time.process_time()
+        small = finetune(c, m, small, epochs[n], seed + 1000 * n)
+        spent["select"] += searched - began
+        spent["train"] += time.perf_counter() - searched
+        spent["core"] += time.process_time() - busy
+    after = accuracy(small.fn, small.params, m.test, 500)
     return {
         "score": score,
         "scope": scope,
         "only": c.only,
         "seed": seed,
         "epochs": c.epochs,
-        "flops": cost(fn, params) / cost(m.fn, m.params),
+        "flops": cost(small) / cost(m),
         "before": before,
         "after": after,
-        "widths": [int(mask.sum()) for mask in chosen.keep.values()],
-        "select_seconds": searched - began,
-        "train_seconds": time.perf_counter() - searched,
+        "widths": widths,
+        "select_seconds": spent["select"],
+        "train_seconds": spent["train"],
         # What it takes on cores of its own, whoever else uses them.
-        "train_core_seconds": time.process_time() - busy,
+        "train_core_seconds": spent["core"],
     }
 
 
 def run(c: Config) -> None:
     """Every row that is not there yet; then the table."""
+    if c.rounds < 1 or c.round_epochs * (c.rounds - 1) > c.epochs:
+        raise ValueError(
+            f"{c.rounds} rounds of {c.round_epochs:g} epochs each but the last do not "
+            f"fit in {c.epochs:g} epochs: give --epochs more."
+        )
     m = read(c)
     options = {
         "budget": c.budget,
+        "rounds": c.rounds,
+        "round_epochs": c.round_epochs,
         "multiple": c.multiple,
         "batch_size": c.batch_size,
         "learning_rate": c.learning_rate,

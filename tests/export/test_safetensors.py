@@ -27,7 +27,9 @@ def given(normal):
 def chain(params, x):
     """Shrunk, then in few bits."""
     small_fn, small = pruning.shrink(fn, params, x, keep={"**": 0.5})
-    return q.quantize(small_fn, small, x, formats={"a": q.int4, "c": q.mxfp8.grouped(6)})
+    return q.quantize(
+        small_fn, small, x, formats={"a": q.int4, "c": q.mxfp8.grouped(6)}
+    )
 
 
 MADE = {

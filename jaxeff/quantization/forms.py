@@ -1,0 +1,193 @@
+"""Ways to multiply by a weight that is stored in few bits.
+
+They compute the same, and which is fastest depends on the machine, on how many rows
+there are, and on whether a weight fits into a cache: `cost.tune_products` measures.
+
+Splitting into 16-bit parts follows Henry et al. 2019, arXiv:1904.06376, section 2,
+with one factor that is exact in bfloat16 to begin with.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxeff.program import Dot
+
+from . import blocks, kernels
+from .linear import Linear
+
+OUTPUTS = (128, 512)  # that are decoded at a time
+INPUTS = (1, 32)
+_PARTS = 3  # bfloat16 has 8 bits of a float32's 24
+
+
+def of(q: Any, x: Array, dot: Dot) -> dict[str, Callable[[], Any]]:
+    """The forms of `q.dot(x, dot)`, a `QArray`'s product, but that one itself."""
+    dtype = jnp.promote_types(x.dtype, q.dtype)
+    out = dot.params["preferred_element_type"] or dtype
+    found: dict[str, Callable[[], Any]] = {}
+    if not any(q.scale.shape[d] > 1 for d in dot.dims.w_contract):
+        decoded = lambda: dot(x.astype(dtype), q.dense().astype(dtype))
+        found["decoded first"] = decoded
+        if dtype == jnp.float32 and isinstance(q.numbers, Linear):
+            found["in bfloat16 parts"] = lambda: _in_parts(q, x, dot)
+    if q.planes():
+        found["byte by byte"] = lambda: _by_planes(q, x, dot)
+    free, contract = dot.dims.w_free(q.ndim), dot.dims.w_contract
+    longest = max(free, key=lambda d: q.shape[d], default=None)
+    for size in OUTPUTS:
+        if longest is not None and q.shape[longest] > size and q.can_cut(longest, size):
+            run = functools.partial(_by_outputs, q, x, dot, longest, size)
+            found[f"{size} outputs at a time"] = run
+    for size in INPUTS:
+        if len(contract) == 1 and q.shape[contract[0]] > size:
+            if q.can_cut(contract[0], size):
+                run = functools.partial(_by_inputs, q, x, dot, size)
+                found[f"{size} inputs at a time"] = run
+    if jax.default_backend() == "tpu" and not unfit(q, dot):
+        found["kernel"] = lambda: by_kernel(q, x, dot)
+    finish = lambda run: lambda: run().astype(out)
+    return {name: finish(run) for name, run in found.items()}
+
+
+def _by_planes(q: Any, x: Array, dot: Dot) -> Array:
+    """Codes that share a byte are multiplied apart, so that none is moved."""
+    planes, dim = q.planes(), 0 if q.packed is None else q.packed + q.ndim
+    if not planes:
+        return q.dot(x, dot)
+    d, n = dot.dims, len(planes)
+    for ours, theirs in ((d.w_contract, d.x_contract), (d.w_batch, d.x_batch)):
+        if dim in ours:
+            at = theirs[ours.index(dim)]
+            each = [jax.lax.slice_in_dim(x, i, None, n, at) for i in range(n)]
+            ys = [
+                plane.dot(part, dot) for plane, part in zip(planes, each, strict=True)
+            ]
+            if ours is d.w_contract:
+                return functools.reduce(jnp.add, ys)
+            place = d.w_batch.index(dim)
+            break
+    else:
+        ys = [plane.dot(x, dot) for plane in planes]
+        place = dot.output_dims(x.ndim, q.ndim)["w"][d.w_free(q.ndim).index(dim)]
+    y = jnp.stack(ys, place + 1)
+    return y.reshape(*y.shape[:place], -1, *y.shape[place + 2 :])
+
+
+def _by_outputs(q: Any, x: Array, dot: Dot, dim: int, size: int) -> Array:
+    """Outputs piece by piece: what is decoded never leaves the cache."""
+    run = lambda i: _by_planes(q.piece(dim, i, size), x, dot)
+    y = jax.lax.map(run, jnp.arange(q.shape[dim] // size))
+    place = dot.output_dims(x.ndim, q.ndim)["w"][dot.dims.w_free(q.ndim).index(dim)]
+    y = jnp.moveaxis(y, 0, place)
+    return y.reshape(*y.shape[:place], q.shape[dim], *y.shape[place + 2 :])
+
+
+def _by_inputs(q: Any, x: Array, dot: Dot, size: int) -> Array:
+    """The sum over pieces of the inputs, likewise."""
+    (dim,), (at,) = dot.dims.w_contract, dot.dims.x_contract
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    params = {**dot.params, "preferred_element_type": wide}
+    inner = dataclasses.replace(dot, params=params)
+
+    def product(i: Any) -> Array:
+        part = jax.lax.dynamic_slice_in_dim(x, i * size, size, at)
+        return _by_planes(q.piece(dim, i, size), part, inner)
+
+    start = jnp.zeros_like(jax.eval_shape(product, 0))
+    add = lambda i, total: total + product(i)
+    return jax.lax.fori_loop(0, q.shape[dim] // size, add, start)
+
+
+def _in_parts(q: Any, x: Array, dot: Dot) -> Array:
+    """`x` as a sum of bfloat16 numbers, each times the integers, which are exact.
+
+    Its derivative is that of the product: by itself it would be one of bfloat16.
+    """
+    params = {"precision": None, "preferred_element_type": jnp.float32}
+    inner = dataclasses.replace(dot, params={**dot.params, **params})
+    exact = lambda x, q: q.dot(x, dot).astype(jnp.float32)
+
+    @jax.custom_jvp
+    def run(x: Array, q: Any) -> Array:
+        w, total = q.astype(jnp.bfloat16), None
+        for _ in range(_PARTS):
+            part = jax.lax.reduce_precision(x, 8, 7)
+            x = x - part
+            y = w.dot(part.astype(jnp.bfloat16), inner)
+            total = y if total is None else total + y
+        assert total is not None
+        return total
+
+    @run.defjvp
+    def _(primals, tangents):
+        return run(*primals), jax.jvp(exact, primals, tangents)[1]
+
+    return run(x.astype(jnp.float32), q)
+
+
+def unfit(q: Any, dot: Dot) -> str:
+    """Why no kernel multiplies by it; empty where one does."""
+    if not (isinstance(q.numbers, Linear) and q.numbers.symmetric and q.outer is None):
+        return "kernels multiply by symmetric integers under one scale"
+    d = dot.dims
+    inputs = list(d.w_contract)
+    if d.w_batch or inputs != list(range(len(inputs))) or q.scale.dtype != jnp.float32:
+        return "kernels take weights of inputs by outputs, under float32 scales"
+    n_in = math.prod(q.shape[i] for i in inputs)
+    shape = _scale_shape(q, len(inputs))
+    if shape is None:
+        return "its groups of inputs are no runs"
+    packed = None
+    if q.packed is not None:
+        dim = q.packed + q.ndim
+        last = dim in (len(inputs) - 1, q.ndim - 1)
+        if not last or q.length % 2:
+            return "its pairs of integers are not neighbours"
+        packed = int(dim >= len(inputs))
+    return kernels.unfit(n_in, q.size // n_in, q.bits, packed, n_in // shape[0])
+
+
+def _scale_shape(q: Any, n: int) -> tuple[int, int] | None:
+    """(groups, outputs) of the scale, where it is one for each run of inputs."""
+    lengths, sizes = q.scale.shape[:n], q.shape[:n]
+    split = [i for i in range(n) if 1 < lengths[i] < sizes[i]]
+    # Dims before the one that is cut have a scale for each index, those after one.
+    at = split[0] if split else sum(m > 1 for m in lengths)
+    before = all(lengths[i] == sizes[i] for i in range(min(at, n)))
+    after = all(lengths[i] == 1 for i in range(at + bool(split), n))
+    if len(split) > 1 or not before or not after:
+        return None
+    return math.prod(lengths), math.prod(q.shape[n:])
+
+
+def by_kernel(q: Any, x: Array, dot: Dot, *, interpret: bool = False) -> Array:
+    """The product by `kernels.product`, float32."""
+    d, n = dot.dims, len(dot.dims.w_contract)
+    shape = _scale_shape(q, n)
+    assert shape is not None and not unfit(q, dot)
+    order = sorted(zip(d.w_contract, d.x_contract, strict=True))
+    free = d.x_free(x.ndim)
+    rows = x.transpose((*free, *(at for _, at in order)))
+    rows = rows.reshape(math.prod(x.shape[i] for i in free), -1)
+    scale = blocks.expand(q.scale, [*q.scale.shape[:n], *q.shape[n:]])
+    packed = None if q.packed is None else int(q.packed + q.ndim >= n)
+    values = q.values.reshape(math.prod(q.values.shape[:n]), -1)
+    y = kernels.product(
+        rows,
+        values,
+        scale.reshape(shape),
+        bits=q.bits,
+        packed=packed,
+        interpret=interpret,
+    )
+    y = y.reshape(*(x.shape[i] for i in free), *q.shape[n:])
+    if dot.weight_first:
+        y = jnp.moveaxis(y, range(len(free)), range(-len(free), 0))
+    return y

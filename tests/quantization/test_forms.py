@@ -1,0 +1,135 @@
+"""Every way to multiply by a weight in few bits computes the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxeff.program import Dot, DotDims
+from jaxeff.quantization import (
+    forms,
+    int2,
+    int3,
+    int4,
+    int8,
+    log4,
+    mxfp4,
+    nf4,
+    quantize_array,
+    uint4,
+    w8a8,
+)
+
+FORMATS = [
+    int8,
+    int4,
+    int3,
+    int2,
+    uint4,
+    log4,
+    int8.grouped(32),
+    int4.grouped(32),
+    uint4.grouped(32),
+    nf4.grouped(32),
+    mxfp4,
+    int4.per_tensor(),
+]
+HIGHEST = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": None}
+# dims of the weight that are summed and batched, the weight's shape, that of x
+LAYOUTS = {
+    "inputs first": ((0,), (), (64, 256), DotDims((1,), (0,), (), ()), (5, 64)),
+    "outputs first": ((1,), (), (256, 64), DotDims((1,), (1,), (), ()), (5, 64)),
+    "heads": ((0, 1), (), (2, 32, 256), DotDims((1, 2), (0, 1), (), ()), (5, 2, 32)),
+    "to heads": ((0,), (), (64, 4, 256), DotDims((2,), (0,), (), ()), (2, 3, 64)),
+    "batch": ((1,), (0,), (3, 64, 256), DotDims((2,), (1,), (0,), (0,)), (3, 5, 64)),
+}
+
+
+def problem(layout, fmt, dtype=jnp.float32, weight_first=False):
+    contract, batch, shape, dims, x_shape = LAYOUTS[layout]
+    rng = np.random.default_rng(0)
+    draw = lambda s: jnp.asarray(rng.normal(size=s), dtype)
+    q = quantize_array(draw(shape), fmt, contract, batch)
+    return q, draw(x_shape), Dot(dims, weight_first, HIGHEST)
+
+
+FAST = [("inputs first", f) for f in FORMATS] + [(n, int4) for n in LAYOUTS]
+CASES = [
+    pytest.param(n, f, marks=[] if (n, f) in FAST else pytest.mark.slow)
+    for n in LAYOUTS
+    for f in FORMATS
+]
+
+
+@pytest.mark.parametrize("layout, fmt", CASES, ids=lambda x: getattr(x, "name", x))
+@pytest.mark.parametrize("weight_first", [False, True])
+def test_every_form_is_the_product(layout, fmt, weight_first):
+    q, x, dot = problem(layout, fmt, weight_first=weight_first)
+    want = dot(x, q.dense())
+    found = q.forms(x, dot)
+    assert "128 outputs at a time" in found
+    for name, run in found.items():
+        got = jax.jit(run)()
+        assert got.shape == want.shape and got.dtype == want.dtype, name
+        # bfloat16 parts are summed in another order than float32 products.
+        np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+def test_the_forms_there_are_depend_on_how_a_weight_is_stored():
+    def names(fmt, **options):
+        q, x, dot = problem("inputs first", fmt, **options)
+        return set(q.forms(x, dot))
+
+    both = {"decoded first", "in bfloat16 parts"}
+    assert both <= names(int8) and "byte by byte" not in names(int8)
+    assert both | {"byte by byte"} <= names(int4)
+    assert "byte by byte" not in names(int3)  # eight lie in three bytes
+    assert not both & names(int4.grouped(32))  # that is decoded first anyway
+    assert "in bfloat16 parts" not in names(log4)  # its numbers are not exact there
+    assert "in bfloat16 parts" not in names(int8, dtype=jnp.bfloat16)
+    assert not names(w8a8)  # its activations are rounded: another function
+
+
+def test_parts_in_bfloat16_are_as_exact_as_float32():
+    q, x, dot = problem("inputs first", int8)
+    exact = np.asarray(x, np.float64) @ np.asarray(q.dense(), np.float64)
+    off = lambda y: np.abs(y - exact).max() / np.abs(exact).max()
+    assert off(q.forms(x, dot)["in bfloat16 parts"]()) < 1e-6
+    rounded = x.astype(jnp.bfloat16).astype(jnp.float32)
+    assert off(dot(rounded, q.dense())) > 1e-4
+
+
+@pytest.mark.parametrize("fmt", [int8, int4, int4.grouped(32)], ids=lambda f: f.name)
+def test_forms_have_the_derivative_of_the_product(fmt):
+    q, x, dot = problem("inputs first", fmt)
+    want = jax.grad(lambda x: jnp.sum(jnp.sin(dot(x, q.dense()))))(x)
+    for name in q.forms(x, dot):
+        got = jax.grad(lambda x, n=name: jnp.sum(jnp.sin(q.forms(x, dot)[n]())))(x)
+        np.testing.assert_allclose(got, want, atol=3e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("layout", ["inputs first", "heads", "to heads"])
+@pytest.mark.parametrize("weight_first", [False, True])
+@pytest.mark.parametrize("fmt", [int8, int4, int4.grouped(32)], ids=lambda f: f.name)
+def test_the_kernel_is_the_product(layout, fmt, weight_first):
+    q, x, dot = problem(layout, fmt, weight_first=weight_first)
+    assert not forms.unfit(q, dot)
+    got = forms.by_kernel(q, x, dot, interpret=True)
+    want = dot(x, q.dense())
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+UNFIT = {
+    "batch": ("batch", int8, "inputs by outputs"),
+    "outputs first": ("outputs first", int8, "inputs by outputs"),
+    "zero point": ("inputs first", uint4, "symmetric integers"),
+    "numbers": ("inputs first", nf4.grouped(32), "symmetric integers"),
+    "width": ("inputs first", int3, "no bytes or halves"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_the_kernel_cannot_take_it_says(name):
+    layout, fmt, why = UNFIT[name]
+    q, _, dot = problem(layout, fmt)
+    assert why in forms.unfit(q, dot)
