@@ -101,10 +101,14 @@ STORIES260K = LlamaConfig(
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens seen so far, for every layer."""
+    """Keys and values of the tokens seen so far, for every layer.
 
-    k: Float[Array, "layers b length kv_heads head_dim"]
-    v: Float[Array, "layers b length kv_heads head_dim"]
+    `k` and `v` are arrays, or anything with their shape, `write(new, layer, start)`
+    and `read(layer)`, such as what `jaxeff.quantization.quantize_cache` puts there.
+    """
+
+    k: Any  # (layers, b, length, kv_heads, head_dim)
+    v: Any
     used: Int[Array, ""]  # tokens seen so far; at most `length`
 
 
@@ -340,9 +344,19 @@ def _append(
     layer: int | Int[Array, ""],
 ) -> tuple[Cache, Array, Array]:
     """Writes one layer's new keys and values; also returns that layer's whole."""
-    at = (layer, 0, cache.used, 0, 0)
-    ks = jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), at)
-    vs = jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), at)
-    k = jax.lax.dynamic_index_in_dim(ks, layer, keepdims=False)
-    v = jax.lax.dynamic_index_in_dim(vs, layer, keepdims=False)
-    return cache._replace(k=ks, v=vs), k, v
+    ks = _write(cache.k, k, layer, cache.used)
+    vs = _write(cache.v, v, layer, cache.used)
+    return cache._replace(k=ks, v=vs), _read(ks, layer), _read(vs, layer)
+
+
+def _write(tokens: Any, new: Array, layer: Any, start: Any) -> Any:
+    if hasattr(tokens, "write"):
+        return tokens.write(new, layer, start)
+    new, at = new[None].astype(tokens.dtype), (layer, 0, start, 0, 0)
+    return jax.lax.dynamic_update_slice(tokens, new, at)
+
+
+def _read(tokens: Any, layer: Any) -> Array:
+    if hasattr(tokens, "read"):
+        return tokens.read(layer)
+    return jax.lax.dynamic_index_in_dim(tokens, layer, keepdims=False)

@@ -2,6 +2,7 @@
 
 from .allocate import Sensitivity as Sensitivity, sensitivity as sensitivity
 from .arrays import QArray as QArray, quantize_array as quantize_array
+from .cache import CachedTokens as CachedTokens, quantize_cache as quantize_cache
 from .calibrated import (
     adaround as adaround,
     awq as awq,

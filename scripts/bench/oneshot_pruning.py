@@ -98,7 +98,7 @@ def language(c: Config) -> dict[str, dict[str, Any]]:
     """Perplexities by text and sparsity."""
     model, params, texts = stories(c.data, c.sequences, c.length)
     fn, out = model.apply, {}
-    for name, (known, unseen) in texts.items():
+    for name, (known, unseen, _) in texts.items():
         score = lambda fn, p, unseen=unseen: perplexity(fn, p, unseen, c.batch)
         dense = score(fn, params)
         print(f"{name}: dense {dense:.4f}")

@@ -7,8 +7,8 @@ a language model of 260 thousand weights by perplexity, on text it wrote itself
 (sampled with other seeds than the text it was calibrated with) and on Tiny
 Shakespeare, which it never saw. Calibrated with training images and text; nothing is
 trained but the rows called QAT: distilled from the float32 model on the 20,000
-training images, or on the text that others are calibrated with. Each finished row is
-in `--output`, and a second run goes on from there.
+training images, or on more text of the same kind. Each finished row is in `--output`,
+and a second run goes on from there.
 
 DIR holds stories260k, tiny_shakespeare, resnet20_cifar10 and cifar10.
 """
@@ -140,7 +140,9 @@ class Config:
     """Of QAT, over the 20,000 training images."""
     learning_rate: float = 2e-3
     """Of QAT, at its peak."""
-    text_steps: int = 200
+    text_sequences: int = 1024
+    """For QAT of the language model."""
+    text_steps: int = 600
     """Of QAT of the language model, 16 sequences each."""
     text_learning_rate: float = 1e-3
     """Of QAT of the language model, at its beginning."""
@@ -160,17 +162,18 @@ def run(c: Config) -> None:
         for formats in (PICTURES, TRAINED):
             table.fill("resnet20", fn, params, batches, score, formats, kernels, more)
     if table.wants("own") or table.wants("tiny shakespeare"):
-        model, params, texts = stories(c.data, c.sequences, c.length)
-        for name, (known, unseen) in texts.items():
+        subject = stories(c.data, c.sequences, c.length, c.text_sequences)
+        model, params = subject.model, subject.params
+        for name, (known, unseen, more) in subject.texts.items():
             if table.wants(name):
                 score = lambda fn, p, x=unseen: perplexity(fn, p, x, c.batch)
                 batches = [
                     (jnp.asarray(known[i : i + c.batch, :-1]),)
                     for i in range(0, c.sequences, c.batch)
                 ]
-                more = {"QAT": functools.partial(trained_text, c)}
+                train = {"QAT": functools.partial(trained_text, c, more[:, :-1])}
                 fn = model.apply
-                table.fill(name, fn, params, batches, score, TEXTS, products, more)
+                table.fill(name, fn, params, batches, score, TEXTS, products, train)
     print("\n".join(table.lines()))
 
 
@@ -298,9 +301,15 @@ def trained(
 
 
 def trained_text(
-    c: Config, fn: Callable, params: Any, *args: Any, formats: Any, batches: list[tuple]
+    c: Config,
+    tokens: np.ndarray,
+    fn: Callable,
+    params: Any,
+    *args: Any,
+    formats: Any,
+    batches: list[tuple],
 ) -> tuple[Callable, Any]:
-    """The same for the language model, on the text to calibrate with."""
+    """The same for the language model, on sequences of a text."""
     q_fn, student = q.fake_quantize(fn, params, *args, formats=formats, batches=batches)
     train, frozen = tree.partition(student)
     rate = optax.cosine_decay_schedule(c.text_learning_rate, c.text_steps)
@@ -315,11 +324,10 @@ def trained_text(
         updates, state = tx.update(jax.grad(loss)(train), state, train)
         return optax.apply_updates(train, updates), state
 
-    state, tokens = tx.init(train), jnp.concatenate([b[0] for b in batches])
-    order = np.random.default_rng(0)
+    state, order = tx.init(train), np.random.default_rng(0)
     for _ in range(c.text_steps):
         chosen = order.choice(len(tokens), 16, replace=False)
-        train, state = step(train, state, tokens[chosen])
+        train, state = step(train, state, jnp.asarray(tokens[chosen]))
     return q_fn, q.convert(tree.combine(train, frozen))
 
 

@@ -42,28 +42,33 @@ def resnet20(data: Path) -> Pictures:
 
 
 class Stories(NamedTuple):
-    """The language model, and windows of tokens: to calibrate with, and to measure."""
+    """The language model, and windows of tokens.
+
+    Of each text those to calibrate with, those to measure with, and those to train on.
+    """
 
     model: Any
     params: Any
-    texts: dict[str, tuple[np.ndarray, np.ndarray]]
+    texts: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
-def stories(data: Path, n: int, length: int) -> Stories:
+def stories(data: Path, n: int, length: int, more: int = 0) -> Stories:
     """Reads it from a folder that holds stories260k and tiny_shakespeare.
 
     Args:
         data: the folder.
         n: windows of each text, to calibrate with and as many to measure.
         length: of a window, in tokens.
+        more: windows to train on.
     """
     folder = data / "stories260k"
     model, params = load_stories260k(folder / "stories260K.bin", scan=True)
     tokenizer = Tokenizer.load(folder / "tok512.bin")
-    play = shakespeare(data, tokenizer, n, length)
-    own = [sample(model, params, n, length, seed) for seed in (0, 1)]
-    texts = {"own": (own[0], own[1]), "tiny shakespeare": (play[0], play[1])}
-    return Stories(model, params, texts)
+    known, unseen = shakespeare(data, tokenizer, (n + more, n), length)
+    play = known[:n], unseen, known[n:]
+    draw = lambda count, seed: sample(model, params, count, length, seed)
+    own = draw(n, 0), draw(n, 1), draw(more, 2)
+    return Stories(model, params, {"own": own, "tiny shakespeare": play})
 
 
 def sample(model: Any, params: Any, n: int, length: int, seed: int) -> np.ndarray:
@@ -86,11 +91,11 @@ def sample(model: Any, params: Any, n: int, length: int, seed: int) -> np.ndarra
 
 
 def shakespeare(
-    data: Path, tokenizer: Tokenizer, n: int, length: int
+    data: Path, tokenizer: Tokenizer, counts: tuple[int, int], length: int
 ) -> list[np.ndarray]:
-    """Windows of the play, from its first nine tenths and from its last."""
-    parts = []
-    for part in text(data / "tiny_shakespeare" / "input.txt.gz"):
+    """So many windows of the play, from its first nine tenths and from its last."""
+    parts, both = [], text(data / "tiny_shakespeare" / "input.txt.gz")
+    for n, part in zip(counts, both, strict=True):
         need, tokens = n * (length + 1), [BOS]
         # Line by line, since encoding takes time quadratic in the length.
         for line in bytes(part).decode(errors="replace").splitlines(keepends=True):
