@@ -43,5 +43,6 @@ from .qat import (
 from .quantize import quantize as quantize
 from .report import Report as Report, report as report
 from .rescale import equalize as equalize, smooth as smooth
+from .rotate import rotate as rotate, Rotated as Rotated
 from .states import compress_state as compress_state
 from .vector import VectorArray as VectorArray
