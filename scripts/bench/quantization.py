@@ -142,7 +142,7 @@ class Config:
     """Of QAT, at its peak."""
     text_sequences: int = 1024
     """For QAT of the language model."""
-    text_steps: int = 600
+    text_steps: int = 1500
     """Of QAT of the language model, 16 sequences each."""
     text_learning_rate: float = 1e-3
     """Of QAT of the language model, at its beginning."""

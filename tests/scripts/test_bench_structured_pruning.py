@@ -1,7 +1,11 @@
+"""The benchmark of scores and scopes, on a small model of the digits."""
+
+import dataclasses
 import json
 
 import jax
 import jax.random as jr
+import numpy as np
 import pytest
 
 from jaxeff import data
@@ -9,7 +13,19 @@ from jaxeff.models import ResNet
 from jaxeff.program import trace
 from jaxeff.training import forms
 from scripts.bench import structured_pruning
-from scripts.bench.structured_pruning import Config, Model, run, SCORES, shrink
+from scripts.bench.structured_pruning import (
+    Config,
+    mixed,
+    Model,
+    run,
+    SCORES,
+    shrink,
+    smaller,
+)
+
+
+def flops(m):
+    return trace(m.fn, m.params, m.train.images[:1]).costs.flops
 
 
 @pytest.fixture
@@ -71,11 +87,52 @@ def test_rows_made_otherwise_are_not_mixed(config):
 @pytest.mark.parametrize("score", SCORES)
 def test_every_score_shrinks_to_the_budget(config, score):
     m = structured_pruning.read(config)
-    x = m.train.images[:1]
-    flops = lambda fn, params: trace(fn, params, x).costs.flops
+    half = 0.5 * flops(m)
     for scope in ("local", "global"):
-        chosen = shrink(config, m, score, scope, 0)
-        small = chosen.resize(m.fn), chosen.take(m.params)
-        assert flops(*small) <= 0.5 * flops(m.fn, m.params)
+        chosen = shrink(config, m, score, scope, 0, half)
+        assert flops(smaller(m, chosen)) <= half
     with pytest.raises(ValueError, match="no score 'wishes'. Choose of"):
-        shrink(config, m, "wishes", "local", 0)
+        shrink(config, m, "wishes", "local", 0, half)
+
+
+@pytest.mark.slow
+def test_in_rounds_it_shrinks_and_trains_little_by_little(config, monkeypatch):
+    sizes, trained = [], []
+    finetune = structured_pruning.finetune
+
+    def watched(c, m, small, epochs, seed):
+        sizes.append(flops(small) / flops(m))
+        trained.append(epochs)
+        return finetune(c, m, small, epochs, seed)
+
+    monkeypatch.setattr(structured_pruning, "finetune", watched)
+    c = dataclasses.replace(
+        config, rounds=3, round_epochs=0.05, epochs=0.2, mixup=0.5, seeds=1
+    )
+    run(c)
+    bounds = [0.5 ** (n / 3) for n in (1, 2, 3)]
+    assert all(s <= b for s, b in zip(sizes, bounds, strict=True))
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 0.5
+    assert trained == pytest.approx([0.05, 0.05, 0.1])
+    [row] = json.loads(config.output.read_text())["rows"]
+    assert row["flops"] == sizes[-1] and row["train_core_seconds"] > 0
+
+
+def test_rounds_that_do_not_fit_in_the_epochs_are_refused(config):
+    c = dataclasses.replace(config, rounds=3, round_epochs=2, epochs=3)
+    with pytest.raises(ValueError, match="3 rounds of 2 epochs .* do not fit in 3"):
+        run(c)
+
+
+def test_a_share_of_the_images_is_mixed_with_another(normal):
+    images = normal(64, 2, 2, 1)
+    np.testing.assert_array_equal(mixed(jr.key(0), images, 0.0), images)
+    some = np.asarray(mixed(jr.key(0), images, 0.5))
+    same = (some == np.asarray(images)).all((1, 2, 3))
+    assert 16 < same.sum() < 48
+    # What is mixed is at least half the image itself, the rest that at the other end.
+    for i in np.flatnonzero(~same):
+        one, other = np.asarray(images[i]).ravel(), np.asarray(images[63 - i]).ravel()
+        parts = (some[i].ravel() - other) / (one - other)
+        np.testing.assert_allclose(parts, parts[0], atol=1e-3)
+        assert 0.5 <= parts[0] <= 1
