@@ -66,13 +66,10 @@ def gptq_matrix(
     order = jnp.arange(w.shape[1])
     if activation_order:
         order = jnp.argsort(-jnp.diagonal(h))
-    pad = (-w.shape[1]) % min(block, w.shape[1])
-    # Columns that fill the last block are zeros, and 1 is a scale for zeros.
-    fill = lambda x, v: jnp.pad(x[:, order], ((0, 0), (0, pad)), constant_values=v)
-    scale = fill(scale, 1)
-    zero = None if zero is None else fill(zero, 0)
+    scale, zero = scale[:, order], None if zero is None else zero[:, order]
 
     def change(k, at, part, factor, state):
+        # Columns beyond the last are zeros, and the last one's scale does for them.
         s, z = scale[:, at], None if zero is None else zero[:, at]
         return round_units(part[:, k], s, z, grid), state
 

@@ -11,7 +11,6 @@ Source: Miyashita et al. 2016, arXiv:1603.01025, section 3; finer bases: Lee et 
 """
 
 import dataclasses
-import math
 import re
 
 import jax
@@ -75,12 +74,6 @@ class Logarithmic(Magnitudes):
         exponent = jnp.where(magnitude > 0, magnitude - n + 127, 0)
         bits = (exponent << 23) | (sign << 31)
         return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def worst_relative_error(grid: Logarithmic) -> float:
-    """What the law above allows, as a fraction of |w|."""
-    base = math.exp2(1 / grid.per_octave)
-    return (base - 1) / (base + 1)
 
 
 @parser

@@ -25,6 +25,7 @@ from jaxeff.program import (
     calibrate,
     find_uses,
     gram,
+    Part,
     Program,
     scale_weights,
     Scaling,
@@ -109,11 +110,11 @@ def smooth(
     program = trace(fn, params, *args)
     able = _readable(fn, params, args)
     chosen = _chosen(program, only, able)
-    tops = {id(m): np.zeros(m.scaling.size, np.float32) for m in chosen}
+    tops = [np.zeros(m.scaling.size, np.float32) for m in chosen]
 
     def look(part, w, top):
-        for m, index in _columns(program, chosen, part):
-            np.maximum.at(tops[id(m)], index[index >= 0], np.asarray(top)[index >= 0])
+        for i, index in _columns(program, chosen, part):
+            np.maximum.at(tops[i], index[index >= 0], np.asarray(top)[index >= 0])
         return w
 
     calibrate(
@@ -127,9 +128,9 @@ def smooth(
         progress=progress,
     )
     new = params
-    for m in chosen:
+    for m, top in zip(chosen, tops, strict=True):
         w = _largest(program, params, m, m.consumers)
-        s = _floor(tops[id(m)]) ** strength / _floor(w) ** (1 - strength)
+        s = _floor(top) ** strength / _floor(w) ** (1 - strength)
         new = scale_weights(new, program.couplings, m.scaling, jnp.asarray(_even(s)))
     return fn, new
 
@@ -201,20 +202,20 @@ def rescale_by_error(
     able = _readable(fn, params, args) & set(formats)
     chosen = _chosen(program, None, able)
     shares = np.arange(steps) / max(1, steps - 1)
-    errors = {id(m): np.zeros(steps) for m in chosen}
-    sizes = {id(m): np.zeros(m.scaling.size, np.float32) for m in chosen}
+    errors = np.zeros((len(chosen), steps))
+    sizes = [np.zeros(m.scaling.size, np.float32) for m in chosen]
 
     def look(part, w, h):
         format = formats[part.path]
         rms = np.sqrt(np.asarray(jnp.diagonal(h, axis1=1, axis2=2)))
-        for m, index in _columns(program, chosen, part):
-            np.maximum.at(sizes[id(m)], index[index >= 0], rms[index >= 0])
+        for n, index in _columns(program, chosen, part):
+            np.maximum.at(sizes[n], index[index >= 0], rms[index >= 0])
             each = np.where(index >= 0, _floor(rms), 1.0)
             group = format.group or part.cols
             shared = (1, 1, group if part.cols % group == 0 else part.cols)
             for i, a in enumerate(shares):
                 by = jnp.asarray(_even(each**a))[:, None]
-                errors[id(m)][i] += float(_lost(w, h, by, format, shared, fit))
+                errors[n, i] += float(_lost(w, h, by, format, shared, fit))
         return w
 
     calibrate(
@@ -227,9 +228,8 @@ def rescale_by_error(
         progress=progress,
     )
     new = params
-    for m in chosen:
-        a = shares[int(np.argmin(errors[id(m)]))]
-        s = jnp.asarray(_even(_floor(sizes[id(m)]) ** a))
+    for m, size, lost in zip(chosen, sizes, errors, strict=True):
+        s = jnp.asarray(_even(_floor(size) ** shares[int(np.argmin(lost))]))
         new = scale_weights(new, program.couplings, m.scaling, s)
     return new
 
@@ -278,17 +278,17 @@ def _chosen(
     return found
 
 
-def _columns(program: Program, chosen: list[Move], part: Any) -> Any:
-    """For the moves into a part, which index of the coupling each column is; or -1."""
+def _columns(program: Program, chosen: list[Move], part: Part) -> Any:
+    """For the moves into a part, their number, and each column's index or -1."""
     first = np.asarray(part.elements)[:, 0, :]
     where = np.unravel_index(first, program.shapes[part.path].shape)
-    for m in chosen:
+    for n, m in enumerate(chosen):
         for path, d in m.consumers:
             if path != part.path:
                 continue
             for name, index in program.couplings.occurrences(path, d):
                 if name == m.scaling.coupling:
-                    yield m, index[where[d]]
+                    yield n, index[where[d]]
 
 
 def _largest(program: Program, params: PyTree, m: Move, keys: Any) -> np.ndarray:

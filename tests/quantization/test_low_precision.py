@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.extend.core import ClosedJaxpr
 
-from jaxeff.program import describe, rebuild
+from jaxeff.program import describe, equations, rebuild
 from jaxeff.quantization import low_precision
 from jaxeff.quantization.grids import named
 from jaxeff.quantization.low_precision import _codes
@@ -23,16 +22,15 @@ def mlp(params, x):
     return jnp.tanh(x @ params["a"]) @ params["b"]
 
 
-def products(jaxpr, out):
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            out.append([v.aval.dtype.name for v in (*eqn.invars, *eqn.outvars)])
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
-                if hasattr(inner, "eqns"):
-                    products(inner, out)
-    return out
+def products(fn):
+    """The dtypes of the operands and the result of each product."""
+    found = (e for _, e, _ in equations(jax.make_jaxpr(fn)(PARAMS, X)))
+    names = ("dot_general", "conv_general_dilated")
+    return [
+        [v.aval.dtype.name for v in (*e.invars, *e.outvars)]
+        for e in found
+        if e.primitive.name in names
+    ]
 
 
 def off(a, b):
@@ -49,9 +47,9 @@ FORMATS = {
 def test_every_product_forward_and_backward_is_of_8_bits(format):
     low = low_precision(mlp, format)
     loss = lambda p, x: (low(p, x) ** 2).sum()
-    forward = products(jax.make_jaxpr(low)(PARAMS, X).jaxpr, [])
+    forward = products(low)
     assert forward == [FORMATS[format]] * 2
-    both = products(jax.make_jaxpr(jax.grad(loss, (0, 1)))(PARAMS, X).jaxpr, [])
+    both = products(jax.grad(loss, (0, 1)))
     assert len(both) == 6
     assert all("8" in name for types in both for name in types[:2])
 
@@ -123,7 +121,7 @@ def test_weights_and_activations_of_16_bits_keep_their_dtype(format):
 
 def test_only_what_is_named_is_rounded():
     low = low_precision(mlp, weights="a")
-    types = products(jax.make_jaxpr(low)(PARAMS, X).jaxpr, [])
+    types = products(low)
     assert types == [["int8", "int8", "int32"], ["float32"] * 3]
 
 

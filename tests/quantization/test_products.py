@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxeff.program import lift, lift_report
+from jaxeff.program import equations, lift, lift_report
 from jaxeff.quantization import (
     int4,
     int8,
@@ -245,15 +245,6 @@ def test_a_scale_known_beforehand_clips_what_lies_beyond_it(fmt, normal):
     close(jit(run)(*(normal(*s) for s in shapes)))
 
 
-def equations_of(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations_of(inner)
-
-
 @pytest.mark.parametrize("fn, shapes, primitive", [
     (lambda w, x: x @ w, [(5, 8), (8, 6)], "dot_general"),
     (conv_fn("depthwise")[0], conv_fn("depthwise")[1:3], "conv_general_dilated"),
@@ -264,8 +255,8 @@ def test_the_integer_product_is_one_of_int8_summed_in_int32(
     x, w = (normal(*s) for s in shapes)
     contract = range(w.ndim - 1)
     q = quantize_array(w, w8a8, tuple(contract))
-    jaxpr = jax.make_jaxpr(lift(fn))(q, x).jaxpr
-    (eqn,) = (e for e in equations_of(jaxpr) if e.primitive.name == primitive)
+    jaxpr = jax.make_jaxpr(lift(fn))(q, x)
+    (eqn,) = (e for _, e, _ in equations(jaxpr) if e.primitive.name == primitive)
     assert [v.aval.dtype.name for v in eqn.invars] == ["int8", "int8"]
     assert eqn.outvars[0].aval.dtype == jnp.int32
 
@@ -374,8 +365,9 @@ def test_sums_too_long_for_32_bits_are_floating_ones(groups):
         n = groups * length
         x, w = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, n), (n, 1)))
         q = jax.eval_shape(lambda w, f=fmt: quantize_array(w, f, (0,)), w)
-        jaxpr = jax.make_jaxpr(lift(lambda w, x: x @ w))(q, x).jaxpr
-        (dot,) = (e for e in equations_of(jaxpr) if e.primitive.name == "dot_general")
+        jaxpr = jax.make_jaxpr(lift(lambda w, x: x @ w))(q, x)
+        found = (e for _, e, _ in equations(jaxpr))
+        (dot,) = (e for e in found if e.primitive.name == "dot_general")
         assert dot.outvars[0].aval.dtype == dtype
 
 
