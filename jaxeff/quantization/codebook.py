@@ -22,7 +22,8 @@ class Codebook:
         bits: of a code, 1 to 8.
         dim: how many weights one code stands for: neighbours along the last of the
             dims that are summed.
-        stages: codes for each vector, whose vectors add up.
+        stages: codes for each vector, whose vectors add up; learned one after the
+            other, then all together.
         outputs: how many neighbouring outputs share codebooks; None: all.
         scaled: whether each output has a float32 scale, so that codebooks hold the
             shape of its weights and not their size.

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxeff.program import change_columns
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+_SWEEPS = 2
 
 
 @functools.partial(jax.jit, static_argnames=("activation_order", "block", "damping"))
@@ -36,8 +37,8 @@ def gptq_codes(
     """The matrix made of vectors of codebooks that are given, and their codes.
 
     Laws: each run of `dim` columns is the sum over stages of the vectors its codes
-    pick, times the row's scale; with `h` a multiple of the identity each code picks
-    the nearest vector.
+    pick, times the row's scale; with a single stage and `h` a multiple of the identity
+    each code picks the nearest vector.
 
     Args:
         w: an output per row, an input per column; `dim` divides the columns.
@@ -60,13 +61,16 @@ def gptq_codes(
         here = jax.lax.dynamic_slice(factor, (start, start), (dim, dim))
         metric = jax.scipy.linalg.solve_triangular(here, jnp.eye(dim), lower=False)
         wanted = jax.lax.dynamic_slice(part, (0, start), (rows, dim))
-        made, picked = jnp.zeros_like(wanted), []
-        for stage in range(stages):
-            code = _nearest(wanted - made, books[:, stage], book, scale, metric)
-            made = made + scale[:, None] * books[book, stage, code]
-            picked.append(code)
+        parts, picked = jnp.zeros((stages, rows, dim)), [jnp.zeros(rows, int)] * stages
+        # One after the other, and then each again given the others.
+        for stage in [*range(stages)] * (1 if stages == 1 else 1 + _SWEEPS):
+            left = wanted - parts.sum(0) + parts[stage]
+            code = _nearest(left, books[:, stage], book, scale, metric)
+            parts = parts.at[stage].set(scale[:, None] * books[book, stage, code])
+            picked[stage] = code
         # A column beyond the last writes to no code there is.
-        return codes.at[:, at // dim].set(jnp.stack(picked, -1), mode="drop"), made
+        new = codes.at[:, at // dim].set(jnp.stack(picked, -1), mode="drop")
+        return new, parts.sum(0)
 
     def change(j, at, part, factor, state):
         keep = lambda start, at, part, factor, state: state

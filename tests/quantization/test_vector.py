@@ -10,7 +10,8 @@ import pytest
 from jaxeff import tree
 from jaxeff.program import describe, lift, lift_report, rebuild
 from jaxeff.quantization import Codebook, quantize, VectorArray
-from jaxeff.quantization.learn import learn
+from jaxeff.quantization.kmeans import kmeans, nearest
+from jaxeff.quantization.learn import learn, refine
 
 FORMATS = [
     Codebook(4),
@@ -64,6 +65,30 @@ def test_more_bits_and_more_stages_are_nearer(normal):
     error = lambda fmt: float(jnp.linalg.norm(run(w, fmt, (0,)).dense() - w))
     assert error(Codebook(2)) > error(Codebook(3)) > 1.5 * error(Codebook(4))
     assert error(Codebook(4, dim=2)) > error(Codebook(4, dim=2, stages=2))
+
+
+def test_stages_are_learned_together(normal):
+    x, weight = normal(400, 3), jnp.abs(normal(400, 3)) + 0.1
+    first = kmeans(x, weight, k=8, key=jax.random.key(0))
+    code = nearest(x, weight, first)[0]
+    second = kmeans(x - first[code], weight, k=8, key=jax.random.key(1))
+    codes = jnp.stack([code, nearest(x - first[code], weight, second)[0]], 1)
+    books = jnp.stack([first, second])
+
+    def lost(books, codes):
+        made = books[0][codes[:, 0]] + books[1][codes[:, 1]]
+        return float(jnp.sum(weight * (x - made) ** 2))
+
+    losses = [lost(*refine(x, weight, books, codes, rounds=n)) for n in (0, 1, 3, 8)]
+    assert losses[0] == pytest.approx(lost(books, codes))
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.95 * losses[0]
+    # No code alone can be changed for a nearer sum.
+    books, codes = refine(x, weight, books, codes, rounds=30)
+    sums = books[0][:, None] + books[1][None]  # every pair
+    off = jnp.sum(weight[:, None, None] * (x[:, None, None] - sums[None]) ** 2, -1)
+    chosen = off[jnp.arange(400), codes[:, 0], codes[:, 1]]
+    rows = off[jnp.arange(400), :, codes[:, 1]].min(1)
+    assert np.mean(np.asarray(rows) >= 0.999 * chosen) > 0.98
 
 
 def test_numbers_that_repeat_are_kept_exactly(normal):
