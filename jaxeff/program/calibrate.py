@@ -31,7 +31,6 @@ from .memory import Memory
 from .straight import Segments, Step
 from .uses import find_uses, Part, Use, Uses
 
-Statistic = Callable[[Float[Array, "groups n cols"]], PyTree]
 Update = Callable[[Part, Float[Array, "groups rows cols"], Any], Any]
 Restore = Callable[[Part, dict[str, np.ndarray]], None]
 
@@ -58,9 +57,10 @@ def calibrate(
     batches: Iterable[tuple],
     *,
     weights: Sequence[str],
-    statistic: Statistic,
+    statistic: Callable[..., PyTree],
     update: Update,
     combine: Callable[[Array, Array], Array] = jnp.add,
+    compare: bool = False,
     memory: Memory | None = None,
     restore: Restore | None = None,
     progress: bool = True,
@@ -78,8 +78,11 @@ def calibrate(
         params: its weights.
         batches: tuples of arguments, all of the same shapes.
         weights: the paths of those to change.
-        statistic: maps the inputs of a weight, float32, to a tree of arrays.
+        statistic: maps the inputs of a weight, float32 of shape (groups, n, columns),
+            to a tree of arrays.
         combine: makes one of the statistics of two batches or two uses.
+        compare: give `statistic` a second argument, the inputs that the weight had
+            before any was changed. It takes the time and the memory of a second run.
         update: maps a part of a weight, the weight there in float32, and all of its
             statistics combined to the new weight, of the same shape; or to that and a
             dict of arrays for `restore`. With a weight cut in parts it is called once
@@ -95,7 +98,9 @@ def calibrate(
     """
     given = _checked(batches)
     uses = _calibrated(fn, params, given[0], weights)
-    run = _Run(uses, [_arrays(batch) for batch in given], statistic, combine)
+    arrays = lambda: [_arrays(batch) for batch in given]
+    before = _Run(uses, arrays(), statistic, combine) if compare else None
+    run = _Run(uses, arrays(), statistic, combine, before)
 
     def remembered(part, w, total):
         new = update(part, w, total)
@@ -210,10 +215,12 @@ class _Run:
         self,
         uses: Uses,
         batches: list[list],
-        statistic: Statistic,
+        statistic: Callable[..., PyTree],
         combine: Callable[[Array, Array], Array],
+        before: "_Run | None" = None,
     ):
         self.uses, self.program = uses, uses.program
+        self.before = before  # the same, with the weights as they were
         # What does not depend on data is made anew from these wherever it is read,
         # so that it is always that of the weights as they are now.
         self.values = {**uses.program.constants, **uses.weights}
@@ -282,19 +289,23 @@ class _Run:
             return self.latest[1]  # q, k and v see the same
         self.latest = None  # before there is another one
 
-        def add(total, x, columns):
-            x = data_matrix(eqn, use.operand, x)
+        def add(total, xs, columns):
+            xs = [data_matrix(eqn, use.operand, x) for x in xs]
             if columns is not None:
-                x = jnp.take_along_axis(x[columns[0]], columns[1][:, None], axis=2)
-            new = self.statistic(x)
+                group, at = columns[0], columns[1][:, None]
+                xs = [jnp.take_along_axis(x[group], at, axis=2) for x in xs]
+            new = self.statistic(*xs)
             return new if total is None else jax.tree.map(self.combine, total, new)
 
         # The turns of a scan are the same equation.
         named = (id(eqn), use.operand, columns is None)
         add = self.adders.setdefault(named, jax.jit(add))
         total = None
-        for batch in self.batches:
-            total = add(total, self._data(use, batch), columns)
+        for i, batch in enumerate(self.batches):
+            xs = [self._data(use, batch)]
+            if self.before is not None:
+                xs.append(self.before._data(use, self.before.batches[i]))
+            total = add(total, xs, columns)
         if columns is None:
             self.latest = (key, total)
         return total
@@ -316,6 +327,8 @@ class _Run:
 
     def _advance(self, to: int) -> None:
         """Runs all batches up to a step."""
+        if self.before is not None:
+            self.before._advance(to)
         steps, start, self.at = self.program.steps, self.at, to
         here = [
             s for s in steps[start:to] if any(self._later(n, start) for n in s.outs)

@@ -31,6 +31,7 @@ from .adaround import adaround_matrix
 from .choice import AnyFormat, Choice
 from .codebook import Codebook
 from .coding import Coding, Encode
+from .drift import grams, undrifted
 from .formats import Format
 from .gptq import gptq_groups, gptq_matrix
 from .gptq_codes import gptq_codes
@@ -43,6 +44,8 @@ from .rescale import rescale_by_error
 from .scales import Scales
 from .vector import VectorArray
 
+_DAMPING = 0.01
+
 
 def gptq(
     fn: Callable,
@@ -54,7 +57,8 @@ def gptq(
     activation_order: bool = True,
     static_groups: bool = True,
     block: int = 128,
-    damping: float = 0.01,
+    damping: float = _DAMPING,
+    drift: bool = False,
     resume: str | Path | None = None,
     log: Log | None = None,
     progress: bool = True,
@@ -81,6 +85,8 @@ def gptq(
             depends on it.
         damping: times the mean squared input is added to each squared input; more
             of it trusts few data less.
+        drift: aim at the outputs of the model as it was, not at those of the weight
+            for inputs that have drifted since; it takes a second run of the model.
         resume: a folder that remembers each weight that is done, so that a second run
             with the same arguments goes on where the first was stopped. It may be
             deleted once the result is saved.
@@ -114,7 +120,8 @@ def gptq(
 
     options = {"activation_order": activation_order, "block": block, "damping": damping}
     encode = functools.partial(gptq_codes, **options)
-    job = Job("gptq", {**options, "static_groups": static_groups}, rounded, encode)
+    kept = {**options, "static_groups": static_groups, "drift": drift}
+    job = Job("gptq", kept, rounded, encode, damping if drift else None)
     return _rounded(fn, params, args, batches, formats, fit, job, resume, log, progress)
 
 
@@ -128,6 +135,7 @@ def adaround(
     steps: int = 2000,
     learning_rate: float = 1e-2,
     penalty: float = 1.0,
+    drift: bool = False,
     resume: str | Path | None = None,
     log: Log | None = None,
     progress: bool = True,
@@ -139,7 +147,7 @@ def adaround(
 
     Args:
         fn, params, args, formats: as for `quantize`.
-        batches, fit, resume, log, progress: as for `gptq`.
+        batches, fit, drift, resume, log, progress: as for `gptq`.
         steps, learning_rate, penalty: see `adaround.adaround_matrix`.
 
     Returns:
@@ -157,7 +165,8 @@ def adaround(
         return at.rounded(functools.partial(adaround_matrix, **options), w, h, fit)
 
     options = {"steps": steps, "learning_rate": learning_rate, "penalty": penalty}
-    job = Job("adaround", options, rounded)
+    kept = {**options, "drift": drift}
+    job = Job("adaround", kept, rounded, drift=_DAMPING if drift else None)
     return _rounded(fn, params, args, batches, formats, fit, job, resume, log, progress)
 
 
@@ -224,12 +233,15 @@ class Job(NamedTuple):
         round: maps a task, the matrices, and x^T x of their inputs to matrices on
             the grid and the scales of the window.
         encode: the same for a matrix under codebooks; None: it cannot.
+        drift: the damping with which it aims at the outputs of the model as it was;
+            None: it does not.
     """
 
     name: str
     options: dict[str, Any]
     round: Callable[["Task", Array, Array], tuple[Array, Scales]]
     encode: Encode | None = None
+    drift: float | None = None
 
 
 class Task(NamedTuple):
@@ -311,7 +323,8 @@ def _rounded(
         params,
         given,
         weights=[c.path for c in found],
-        statistic=gram,
+        statistic=gram if job.drift is None else grams,
+        compare=job.drift is not None,
         update=rounding.update,
         memory=memory,
         restore=rounding.restore,
@@ -340,8 +353,12 @@ class _Rounding:
         self.scales: dict[str, Scales] = {}
         self.codings: dict[str, Coding] = {}
 
-    def update(self, part: Part, w: Array, h: Array) -> tuple[Array, dict[str, Array]]:
+    def update(self, part: Part, w: Array, h: Any) -> tuple[Array, dict[str, Array]]:
         """Rounds a part; returns it, and what is to be remembered beside it."""
+        old = w
+        if self.job.drift is not None:
+            h, mixed = h
+            w = undrifted(w, h, mixed, self.job.drift)
         if part.path in self.codings:
             assert self.job.encode is not None
             coding = self.codings[part.path]
@@ -356,7 +373,7 @@ class _Rounding:
             held = {k: x for k, x in found._asdict().items() if x is not None}
             beside = {name: x.astype(jnp.float32) for name, x in held.items()}
         if self.log is not None:
-            error, output_error = map(float, errors(w, new, h))
+            error, output_error = map(float, errors(old, new, h))
             name = self._format(part).name
             self.log.add(part.path, part.index, name, error, output_error)
         return new, beside

@@ -53,6 +53,7 @@ FITTED: dict[str, Callable] = {"GPTQ": q.gptq, "AdaRound": q.adaround}
 OTHERS: dict[str, Callable] = {
     "HQQ": functools.partial(q.quantize, fit="hqq"),
     "AWQ": q.awq,
+    "GPTQ, drift": functools.partial(q.gptq, drift=True),
 }
 log4_2 = Format(Logarithmic(4))
 wide2 = Format(Linear(2, narrow=False))
@@ -86,17 +87,18 @@ TRAINED: dict[Any, tuple[str, ...]] = dict.fromkeys(
     [q.int4, q.int3, wide2, q.int2], ("QAT",)
 )
 GROUP = 32
-EVERY = (*NEAREST, "HQQ", "AWQ", *FITTED)
+FEW = (*NEAREST, "AWQ", *FITTED, "GPTQ, drift")
 TEXTS: dict[Any, tuple[str, ...]] = {
     q.int8: ("nearest",),
     q.w8a8: ("nearest",),
-    q.int4.grouped(GROUP): (*NEAREST, "AWQ", *FITTED, "QAT"),
-    q.uint4.grouped(GROUP): EVERY,
+    q.int4.grouped(GROUP): (*FEW, "QAT"),
+    q.uint4.grouped(GROUP): (*FEW, "HQQ"),
+    q.uint4.grouped(GROUP // 2): ("nearest", "GPTQ", "GPTQ, drift"),
     q.nf4.grouped(GROUP): ("nearest", "GPTQ"),
     q.mxfp4: ("nearest", "GPTQ"),
     q.nvfp4: ("nearest", "GPTQ"),
-    q.int3.grouped(GROUP): (*NEAREST, "AWQ", *FITTED, "QAT"),
-    uint3.grouped(GROUP): EVERY,
+    q.int3.grouped(GROUP): (*FEW, "QAT"),
+    uint3.grouped(GROUP): (*FEW, "HQQ"),
 }
 
 
