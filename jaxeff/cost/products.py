@@ -73,12 +73,9 @@ class FastProducts(Lifted):
     forms: tuple[tuple[str, str], ...] = ()
     measured: tuple[TimedProduct, ...] = ()
 
-    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-        """`fn` on the weights the leaves stand for, to rounding."""
-        operands = jax.tree.leaves((params, args, kwargs), is_leaf=is_leaf)
-        if not any(map(is_leaf, operands)):
-            return self.fn(params, *args, **kwargs)
-        return Call(self.fn, params, args, kwargs).run(_Choosing(dict(self.forms)))
+    def rule(self) -> Lifting:
+        """Multiplies in these forms."""
+        return _Choosing(dict(self.forms))
 
     def __str__(self) -> str:
         """A line for each kind of product that was measured."""
@@ -123,7 +120,8 @@ def tune_products(
     Law: the result computes what `lift(fn)` computes, to the rounding of sums, and so
     do its derivatives. A product with another number of rows runs as it is.
 
-    Apply it last.
+    Apply it last, and to a model on one device: the forms cut dims that may be
+    sharded.
 
     Args:
         fn: `fn(params, *args)`.
@@ -144,8 +142,8 @@ def tune_products(
     if not found.products:
         raise ValueError(
             "tune_products looks for products with weights that can be multiplied in "
-            "several ways, such as those of `quantize` with a format like `int8`, and "
-            "the function has none. Use it as it is."
+            "several ways (those of `quantize` in formats like `int8`, but not factors "
+            "of a weight), and the function has none. Use it as it is."
         )
     measured = []
     console = Console(stderr=True)

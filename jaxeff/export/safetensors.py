@@ -9,7 +9,6 @@ Format: github.com/huggingface/safetensors, "Format".
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxeff import tree
-from jaxeff.program import describe, rebuild
+from jaxeff.program import describe, rebuild, write_file
 
 _ABOUT = "jaxeff"
 _DTYPES = {
@@ -50,11 +49,18 @@ def save_safetensors(
 
     Raises:
         ImportError: the package safetensors is missing.
-        ValueError: `fn` hides how it was rewritten, see `program.describe`; or an
-            array has a dtype that the format lacks.
+        ValueError: `fn` hides how it was rewritten, see `program.describe`; an array
+            has a dtype that the format lacks, or `meta` is no JSON.
     """
     safetensors = _package()
     about = {"compression": describe(fn, params), "user": dict(meta or {})}
+    try:
+        told = json.dumps(about)
+    except TypeError as error:
+        raise ValueError(
+            f"meta is anything JSON can hold, but {error}: store it as numbers, "
+            "strings, lists and dicts."
+        ) from None
     arrays = {}
     for name, x in _arrays(params).items():
         if str(x.dtype) not in _DTYPES.values():
@@ -62,13 +68,9 @@ def save_safetensors(
                 f"safetensors files hold {', '.join(sorted(_DTYPES.values()))}, but "
                 f"{name} is {x.dtype}: convert it, or save with save_model."
             )
-        arrays[name] = np.ascontiguousarray(jax.device_get(x))
-    data = safetensors.numpy.save(arrays, {_ABOUT: json.dumps(about)})
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
-    new.write_bytes(data)
-    os.replace(new, path)
+        arrays[name] = np.asarray(jax.device_get(x), order="C")
+    data = safetensors.numpy.save(arrays, {_ABOUT: told})
+    write_file(path, lambda file: file.write(data))
 
 
 def load_safetensors(

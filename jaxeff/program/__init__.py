@@ -10,6 +10,7 @@ from .call import Call as Call, Rewritten as Rewritten
 from .columns import change_columns as change_columns
 from .costs import Cost as Cost, Costs as Costs
 from .couplings import Coupling as Coupling, Couplings as Couplings
+from .files import write_file as write_file
 from .functional import functional as functional
 from .interpret import bind as bind, Interpreter as Interpreter, rebuilt as rebuilt
 from .leaf import (
@@ -36,6 +37,7 @@ from .lift import (
 )
 from .memory import Memory as Memory
 from .observe import observe as observe, Observed as Observed
+from .opened import opened as opened
 from .reach import data_reaches as data_reaches
 from .resize import (
     like as like,

@@ -60,7 +60,7 @@ def calibrate(
     statistic: Callable[..., PyTree],
     update: Update,
     combine: Callable[[Array, Array], Array] = jnp.add,
-    compare: bool = False,
+    compare: PyTree = None,
     memory: Memory | None = None,
     restore: Restore | None = None,
     progress: bool = True,
@@ -81,8 +81,9 @@ def calibrate(
         statistic: maps the inputs of a weight, float32 of shape (groups, n, columns),
             to a tree of arrays.
         combine: makes one of the statistics of two batches or two uses.
-        compare: give `statistic` a second argument, the inputs that the weight had
-            before any was changed. It takes the time and the memory of a second run.
+        compare: weights of another model of that kind: `statistic` is given, as a
+            second argument, the inputs that the weight has there. It takes the time
+            and the memory of a second run. None: it is not.
         update: maps a part of a weight, the weight there in float32, and all of its
             statistics combined to the new weight, of the same shape; or to that and a
             dict of arrays for `restore`. With a weight cut in parts it is called once
@@ -99,8 +100,11 @@ def calibrate(
     given = _checked(batches)
     uses = _calibrated(fn, params, given[0], weights)
     arrays = lambda: [_arrays(batch) for batch in given]
-    before = _Run(uses, arrays(), statistic, combine) if compare else None
-    run = _Run(uses, arrays(), statistic, combine, before)
+    other = None
+    if compare is not None:
+        theirs = _calibrated(fn, compare, given[0], weights)
+        other = _Run(theirs, arrays(), statistic, combine)
+    run = _Run(uses, arrays(), statistic, combine, other)
 
     def remembered(part, w, total):
         new = update(part, w, total)
@@ -217,10 +221,10 @@ class _Run:
         batches: list[list],
         statistic: Callable[..., PyTree],
         combine: Callable[[Array, Array], Array],
-        before: "_Run | None" = None,
+        other: "_Run | None" = None,
     ):
         self.uses, self.program = uses, uses.program
-        self.before = before  # the same, with the weights as they were
+        self.other = other  # the model to compare with
         # What does not depend on data is made anew from these wherever it is read,
         # so that it is always that of the weights as they are now.
         self.values = {**uses.program.constants, **uses.weights}
@@ -303,8 +307,8 @@ class _Run:
         total = None
         for i, batch in enumerate(self.batches):
             xs = [self._data(use, batch)]
-            if self.before is not None:
-                xs.append(self.before._data(use, self.before.batches[i]))
+            if self.other is not None:
+                xs.append(self.other._data(use, self.other.batches[i]))
             total = add(total, xs, columns)
         if columns is None:
             self.latest = (key, total)
@@ -327,8 +331,8 @@ class _Run:
 
     def _advance(self, to: int) -> None:
         """Runs all batches up to a step."""
-        if self.before is not None:
-            self.before._advance(to)
+        if self.other is not None:
+            self.other._advance(to)
         steps, start, self.at = self.program.steps, self.at, to
         here = [
             s for s in steps[start:to] if any(self._later(n, start) for n in s.outs)

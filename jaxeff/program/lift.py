@@ -31,7 +31,11 @@ class Lifted(Rewritten):
         operands = jax.tree.leaves((params, args, kwargs), is_leaf=is_leaf)
         if not any(map(is_leaf, operands)):
             return self.fn(params, *args, **kwargs)
-        return Call(self.fn, params, args, kwargs).run(Lifting())
+        return Call(self.fn, params, args, kwargs).run(self.rule())
+
+    def rule(self) -> "Lifting":
+        """How operations on leaves are run."""
+        return Lifting()
 
     def settings(self) -> dict[str, Any]:
         """None are needed."""

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from jaxtyping import PyTree
 
 from jaxeff.tree import is_array
 
+from .call import Call
+from .files import NEW, write_file
+from .lift import unlift
 from .uses import Part
 
 _ABOUT = "about.json"
@@ -26,8 +29,8 @@ class Memory:
 
     Args:
         folder: made where missing.
-        of: all that the result depends on: weights, data, options. A folder holds
-            parts of one such run only.
+        of: all that the result depends on: the program, weights, data, options. A
+            folder holds parts of one such run only.
 
     Raises:
         ValueError: the folder holds something else.
@@ -43,13 +46,39 @@ class Memory:
                     "data or options than these. Name another folder, or delete it."
                 )
             return
-        if self.folder.is_dir() and any(self.folder.iterdir()):
+        # What was killed in its first moment left but a file that is not whole.
+        others = self.folder.glob("*") if self.folder.is_dir() else ()
+        if any(not path.name.endswith(NEW) for path in others):
             raise ValueError(
                 f"{self.folder} holds files that are no parts of a calibration. Name "
                 "a new folder."
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._write(about, lambda file: file.write(json.dumps(mine).encode()))
+        write_file(about, lambda file: file.write(json.dumps(mine).encode()))
+
+    @classmethod
+    def at(
+        cls,
+        folder: str | Path | None,
+        fn: Callable,
+        params: PyTree,
+        batches: Sequence[tuple],
+        *options: Any,
+    ) -> "Memory | None":
+        """Of a calibration of `fn` in a folder; None without one.
+
+        Args:
+            folder: or None.
+            fn, params, batches: as for `calibrate`.
+            options: what else the result depends on.
+        """
+        if folder is None:
+            return None
+        program = ""
+        if batches:
+            # Functions are printed with where they lie in memory.
+            text = str(Call(unlift(fn), params, batches[0], {}).jaxpr)
+            program = re.sub(r" at 0x[0-9a-f]+", "", text)
+        return cls(folder, (program, params, list(batches), options))
 
     def get(self, part: Part) -> dict[str, np.ndarray] | None:
         """What was put for a part; None if it is not done."""
@@ -62,20 +91,12 @@ class Memory:
     def put(self, part: Part, arrays: Mapping[str, Any]) -> None:
         """Remembers arrays of NumPy's own dtypes for a part that is done."""
         values: dict[str, Any] = {name: np.asarray(x) for name, x in arrays.items()}
-        self._write(self._path(part), lambda file: np.savez(file, **values))
+        write_file(self._path(part), lambda file: np.savez(file, **values))
 
     def _path(self, part: Part) -> Path:
         # A weight's path may hold what a file's name cannot.
         name = hashlib.sha256(part.path.encode()).hexdigest()[:16]
         return self.folder / f"{name}-{part.index}.npz"
-
-    def _write(self, path: Path, write: Any) -> None:
-        new = path.with_name(f"{path.name}.new")
-        with new.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
 
 
 def _digest(of: PyTree) -> str:

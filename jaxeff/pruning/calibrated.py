@@ -117,9 +117,8 @@ def wanda(
     weights = _chosen(fn, params, args, amount, only)
 
     given = list(batches)
-    memory = None
-    if resume is not None:
-        memory = Memory(resume, ("wanda", str(amount), compare, weights, params, given))
+    options = ("wanda", str(amount), compare, weights)
+    memory = Memory.at(resume, fn, params, given, *options)
 
     def update(part, w, total):
         score = jnp.abs(w) * jnp.sqrt(total)[:, None]
@@ -176,10 +175,8 @@ def sparsegpt(
     amount = parse_sparsity(sparsity)
     weights = _chosen(fn, params, args, amount, only)
     given = list(batches)
-    memory = None
-    if resume is not None:
-        of = ("sparsegpt", str(amount), block, damping, weights, params, given)
-        memory = Memory(resume, of)
+    options = ("sparsegpt", str(amount), block, damping, weights)
+    memory = Memory.at(resume, fn, params, given, *options)
     prune = lambda w, h: prune_matrix(w, h, amount, block=block, damping=damping)
 
     def update(part, w, total):

@@ -76,11 +76,11 @@ class CachedTokens:
 
 
 def quantize_cache(cache: PyTree, format: Any = int8) -> PyTree:
-    """An empty cache of keys and values that holds few bits.
+    """A cache of keys and values that holds few bits.
 
     Args:
-        cache: empty; its arrays of five dims (layers, batch, length, heads, head dim)
-            are replaced, for a model that writes and reads them by methods `write` and
+        cache: its arrays of five dims (layers, batch, length, heads, head dim) are
+            rounded, for a model that writes and reads them by methods `write` and
             `read` where they have them, as those of `jaxeff.models` do.
         format: a `Format`: of each token's head, with one scale or one for each group.
 
@@ -90,7 +90,8 @@ def quantize_cache(cache: PyTree, format: Any = int8) -> PyTree:
     """
     if not isinstance(format, Format) or format.activations or format.outputs != 1:
         raise ValueError(
-            f"keys and values are stored in a format of numbers such as int8, int4 or "
+            "each token's head is rounded by itself, and only stored: its format is a "
+            "`Format` without activations and without tiles, such as int8, int4 or "
             f"fp8, got {getattr(format, 'name', format)}."
         )
     found = 0
@@ -100,16 +101,13 @@ def quantize_cache(cache: PyTree, format: Any = int8) -> PyTree:
         if getattr(x, "ndim", 0) != 5 or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         found += 1
-        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        shapes = jax.eval_shape(lambda x: _rounded(x, format), shape)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return CachedTokens.of(zeros, format)
+        return CachedTokens.of(jax.jit(_rounded, static_argnums=1)(x, format), format)
 
-    new = jax.tree.map(one, cache)
+    new = jax.tree.map(one, cache, is_leaf=lambda x: isinstance(x, CachedTokens))
     if not found:
         raise ValueError(
             "a cache has arrays of (layers, batch, length, heads, head dim), and this "
-            "has none: pass what `init_cache` returns."
+            "has none that is not rounded already: pass what `init_cache` returns."
         )
     return new
 

@@ -85,6 +85,7 @@ def gptq(
     static groups: its authors' later code; codebooks: van Baalen et al. 2024,
     arXiv:2402.15319.
     """
+    _check_fit(fit)
     if block < 1 or not damping > 0:
         raise ValueError(
             f"block counts columns and damping keeps the inverse finite, so block >= 1 "
@@ -138,6 +139,7 @@ def adaround(
 
     Source: Nagel et al. 2020, arXiv:2004.10568.
     """
+    _check_fit(fit)
     if steps < 1:
         raise ValueError(f"rounding is learned in 1 step or more, got {steps}.")
 
@@ -217,6 +219,14 @@ def unfitted(
     """
     choices = choose(fn, params, args, formats)
     return why_unfitted(fn, params, args, choices, codes=True)
+
+
+def _check_fit(fit: str) -> None:
+    if fit not in ("absmax", "mse"):
+        raise ValueError(
+            f"scales are found beforehand by 'absmax' or 'mse', got {fit!r}: others "
+            "are for `quantize`."
+        )
 
 
 def _in_groups(

@@ -4,7 +4,8 @@ Calibration sees a weight as matrices (see `program.calibrate`), codes lie in th
 weight's own dims: here one is brought to the other, as `places.py` does for scales.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,19 @@ class Coding:
         self.path = path
         self.learned = learned
         self.codes = learned.plain()
+
+    @staticmethod
+    def known(like: VectorArray, books: Mapping[str, Array]) -> VectorArray:
+        """A weight without codes yet, from its shape and what `books` gave."""
+        codes = jnp.zeros(like.codes.shape, like.codes.dtype)
+        return dataclasses.replace(
+            like, codes=codes, books=books["books"], scale=books.get("scale")
+        )
+
+    def books(self) -> dict[str, Array]:
+        """The codebooks and the scales, by name."""
+        x = self.learned
+        return {"books": x.books, **({} if x.scale is None else {"scale": x.scale})}
 
     def encode(
         self,

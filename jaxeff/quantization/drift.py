@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxeff.program import gram
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -21,8 +23,8 @@ def grams(
     x: Float[Array, "groups n cols"], before: Float[Array, "groups n cols"]
 ) -> tuple[Float[Array, "groups cols cols"], Float[Array, "groups cols cols"]]:
     """A statistic for `calibrate` with `compare`: x^T x, and z^T x."""
-    by = lambda a: jnp.einsum("gni,gnj->gij", a, x, precision=_HIGHEST)
-    return by(x), by(before)
+    mixed = jnp.einsum("gni,gnj->gij", before, x, precision=_HIGHEST)
+    return gram(x), mixed
 
 
 @functools.partial(jax.jit, static_argnames="damping")

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxeff import tree
 from jaxeff.program import (
     calibrate,
     dense,
@@ -22,6 +21,7 @@ from jaxeff.program import (
     gram,
     lift,
     Memory,
+    opened,
     Part,
     relative_error,
 )
@@ -35,7 +35,7 @@ from .formats import Format
 from .importance import importances
 from .log import errors, Log
 from .places import Place, place
-from .quantize import apply, check_formats, choose, Formats, round_weight
+from .quantize import apply, check_formats, choose, Formats, is_quantized, round_weight
 from .ranges import activation_scales
 from .scales import Scales
 from .vector import VectorArray
@@ -117,21 +117,21 @@ def fit_weights(
     check_formats(formats)
     choices = choose(fn, params, args, formats)
     given = list(batches)
-    left = why_unfitted(fn, params, args, choices, codes=job.encode is not None)
+    asked = [(c.path, str(c.format)) for c in choices if c.format is not None]
+    memory = Memory.at(resume, fn, params, given, job.name, job.options, fit, asked)
+    # Parts of weights that were rotated or factored are weights themselves.
+    plain_fn, weights, close = opened(fn, params, is_quantized)
+    left = _unfitted(plain_fn, weights, args, choices, codes=job.encode is not None)
     found = [c for c in choices if c.format is not None and c.path not in left]
-    memory = None
-    if resume is not None:
-        asked = [(c.path, str(c.format)) for c in found]
-        memory = Memory(resume, (job.name, job.options, fit, asked, params, given))
-    weights = tree.paths(params)
-    rounding = Fitting({c.path: c for c in found}, weights, fit, job, log)
-    coded = [c for c in found if isinstance(c.format, Codebook)]
-    importance = {}
-    if fit == "mse" and coded:
-        importance = importances(fn, params, args, given, coded, progress)
-    for c in coded:
-        books = round_weight(weights[c.path], c, importance=importance.get(c.path))
-        rounding.codings[c.path] = Coding(c.path, books)
+
+    @functools.cache
+    def importance() -> dict[str, Array]:
+        coded = [c for c in found if isinstance(c.format, Codebook)]
+        if fit != "mse":
+            return {}
+        return importances(plain_fn, weights, args, given, coded, progress)
+
+    rounding = Fitting({c.path: c for c in found}, weights, fit, job, log, importance)
     # What no data tells of is rounded first, so that the others make up for it.
     nearest = {}
     for c in choices:
@@ -139,25 +139,24 @@ def fit_weights(
             q = nearest[c.path] = round_weight(weights[c.path], c, fit)
             if log is not None:
                 error = relative_error(weights[c.path], q)
-                log.add(c.path, 0, c.format.name, error or 0.0)
-    params = tree.replaced(params, {path: dense(q) for path, q in nearest.items()})
+                log.add(c.path, 0, c.format.name, error)
+    begin = weights | {path: dense(q) for path, q in nearest.items()}
     new = calibrate(
-        fn,
-        params,
+        plain_fn,
+        begin,
         given,
         weights=[c.path for c in found],
         statistic=gram if job.drift is None else grams,
-        compare=job.drift is not None,
+        compare=None if job.drift is None else weights,
         update=rounding.update,
         memory=memory,
         restore=rounding.restore,
         progress=progress,
     )
-    x_scales = activation_scales(fn, params, given, choices)
+    x_scales = activation_scales(plain_fn, begin, given, choices)
     stored = rounding.coded() | nearest
-    scales = rounding.scales
-    new = apply(new, choices, scales=scales, stored=stored, x_scales=x_scales)
-    return lift(fn), new
+    known = {"scales": rounding.scales, "stored": stored, "x_scales": x_scales}
+    return lift(fn), apply(close(new), choices, **known)
 
 
 class Fitting:
@@ -170,9 +169,10 @@ class Fitting:
         fit: str,
         job: Job,
         log: Log | None,
+        importance: Callable[[], dict[str, Array]],
     ):
         self.choices, self.weights = choices, weights
-        self.fit, self.job, self.log = fit, job, log
+        self.fit, self.job, self.log, self.importance = fit, job, log, importance
         self.scales: dict[str, Scales] = {}
         self.codings: dict[str, Coding] = {}
 
@@ -182,12 +182,13 @@ class Fitting:
         if self.job.drift is not None:
             h, mixed = h
             w = undrifted(w, h, mixed, self.job.drift)
-        if part.path in self.codings:
+        choice = self.choices[part.path]
+        if isinstance(choice.format, Codebook):
             assert self.job.encode is not None
-            coding = self.codings[part.path]
+            coding = self._coding(choice)
             new, codes = coding.encode(part, w, h, self.job.encode)
             coding.put(part, codes)
-            beside = {"codes": codes}
+            beside = {"codes": codes, **coding.books()}
         else:
             task = self._task(part)
             if self.job.drift is not None:  # the scales are those of what is rounded
@@ -197,19 +198,38 @@ class Fitting:
             # Scales of 8 bits are exact in float32, which any file can hold.
             held = {k: x for k, x in found._asdict().items() if x is not None}
             beside = {name: x.astype(jnp.float32) for name, x in held.items()}
-        if self.log is not None:
-            error, output_error = map(float, errors(old, new, h))
-            name = self._format(part).name
-            self.log.add(part.path, part.index, name, error, output_error)
-        return new, beside
+        off = errors(old, new, h)
+        self._tell(part, *map(float, off))
+        return new, {**beside, "errors": jnp.stack(off)}
 
     def restore(self, part: Part, beside: dict[str, Any]) -> None:
         """Takes what was remembered of a part."""
-        if part.path in self.codings:
-            self.codings[part.path].put(part, jnp.asarray(beside["codes"]))
+        self._tell(part, *map(float, beside.pop("errors")))
+        arrays = {name: jnp.asarray(x) for name, x in beside.items()}
+        choice = self.choices[part.path]
+        if isinstance(choice.format, Codebook):
+            codes = arrays.pop("codes")
+            if part.path not in self.codings:
+                shape = _shape(self.weights[part.path])
+                learned = Coding.known(round_weight(shape, choice), arrays)
+                self.codings[part.path] = Coding(part.path, learned)
+            self.codings[part.path].put(part, codes)
             return
-        found = Scales(**{name: jnp.asarray(x) for name, x in beside.items()})
-        self._put(part, self._task(part), found)
+        self._put(part, self._task(part), Scales(**arrays))
+
+    def _tell(self, part: Part, error: float, output_error: float) -> None:
+        if self.log is not None:
+            name = self._format(part).name
+            self.log.add(part.path, part.index, name, error, output_error)
+
+    def _coding(self, choice: Choice) -> Coding:
+        """Under codebooks that are learned when they are first asked for."""
+        path = choice.path
+        if path not in self.codings:
+            by = self.importance().get(path)
+            books = round_weight(self.weights[path], choice, importance=by)
+            self.codings[path] = Coding(path, books)
+        return self.codings[path]
 
     def coded(self) -> dict[str, VectorArray]:
         """The weights under codebooks, by path."""
@@ -239,6 +259,10 @@ def _with(weight: Array, part: Part, w: Array) -> Array:
     return flat.reshape(weight.shape)
 
 
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
 def why_unfitted(
     fn: Callable, params: PyTree, args: tuple, choices: list[Choice], *, codes: bool
 ) -> dict[str, str]:
@@ -249,12 +273,24 @@ def why_unfitted(
         choices: what becomes of each array.
         codes: whether codebooks can be fitted.
     """
-    candidates = find_uses(fn, params, args).candidates
+    plain_fn, weights, _ = opened(fn, params, is_quantized)
+    return _unfitted(plain_fn, weights, args, choices, codes=codes)
+
+
+def _unfitted(
+    fn: Callable,
+    weights: dict[str, Any],
+    args: tuple,
+    choices: list[Choice],
+    *,
+    codes: bool,
+) -> dict[str, str]:
+    candidates = find_uses(fn, weights, args).candidates
     found = {}
     for c in choices:
         if c.format is None:
             continue
-        candidate = candidates[c.weight]
+        candidate = candidates[c.path]
         if not (codes or isinstance(c.format, Format)):
             found[c.path] = "its codebooks are learned by k-means"
         elif candidate.reason or candidate.looked_up:

@@ -33,9 +33,10 @@ def of(q: Any, x: Array, dot: Dot) -> dict[str, Callable[[], Any]]:
     out = dot.params["preferred_element_type"] or dtype
     found: dict[str, Callable[[], Any]] = {}
     if not any(q.scale.shape[d] > 1 for d in dot.dims.w_contract):
-        decoded = lambda: dot(x.astype(dtype), q.dense().astype(dtype))
-        found["decoded first"] = decoded
-        if dtype == jnp.float32 and isinstance(q.numbers, Linear):
+        if q.dtype == jnp.float32:  # or decoding would round
+            found["decoded first"] = lambda: dot(x.astype(dtype), q.dense())
+        whole = q.zero is None or jnp.issubdtype(q.zero.dtype, jnp.integer)
+        if dtype == jnp.float32 and isinstance(q.numbers, Linear) and whole:
             found["in bfloat16 parts"] = lambda: _in_parts(q, x, dot)
     if q.planes():
         found["byte by byte"] = lambda: _by_planes(q, x, dot)
@@ -108,28 +109,31 @@ def _by_inputs(q: Any, x: Array, dot: Dot, size: int) -> Array:
 def _in_parts(q: Any, x: Array, dot: Dot) -> Array:
     """`x` as a sum of bfloat16 numbers, each times the integers, which are exact.
 
-    Its derivative is that of the product: by itself it would be one of bfloat16.
+    By themselves the derivatives of these products would be of bfloat16.
     """
     params = {"precision": None, "preferred_element_type": jnp.float32}
     inner = dataclasses.replace(dot, params={**dot.params, **params})
-    exact = lambda x, q: q.dot(x, dot).astype(jnp.float32)
 
-    @jax.custom_jvp
     def run(x: Array, q: Any) -> Array:
         w, total = q.astype(jnp.bfloat16), None
         for _ in range(_PARTS):
             part = jax.lax.reduce_precision(x, 8, 7)
-            x = x - part
+            # What is too large for bfloat16 leaves nothing: inf - inf is no number.
+            x = jnp.where(jnp.isfinite(part), x - part, 0)
             y = w.dot(part.astype(jnp.bfloat16), inner)
             total = y if total is None else total + y
         assert total is not None
         return total
 
-    @run.defjvp
-    def _(primals, tangents):
-        return run(*primals), jax.jvp(exact, primals, tangents)[1]
+    return _derived(run, dot)(x.astype(jnp.float32), q)
 
-    return run(x.astype(jnp.float32), q)
+
+def _derived(run: Callable, dot: Dot) -> Callable:
+    """`run(x, q)` with the derivative of the product."""
+    with_rule = jax.custom_jvp(run)
+    exact = lambda x, q: q.dot(x, dot).astype(jnp.float32)
+    with_rule.defjvp(lambda p, t: (run(*p), jax.jvp(exact, p, t)[1]))
+    return with_rule
 
 
 def unfit(q: Any, dot: Dot) -> str:
@@ -169,6 +173,11 @@ def _scale_shape(q: Any, n: int) -> tuple[int, int] | None:
 
 def by_kernel(q: Any, x: Array, dot: Dot, *, interpret: bool = False) -> Array:
     """The product by `kernels.product`, float32."""
+    run = lambda x, q: _run_kernel(q, x, dot, interpret)
+    return _derived(run, dot)(x, q)
+
+
+def _run_kernel(q: Any, x: Array, dot: Dot, interpret: bool) -> Array:
     d, n = dot.dims, len(dot.dims.w_contract)
     shape = _scale_shape(q, n)
     assert shape is not None and not unfit(q, dot)

@@ -2,7 +2,8 @@
 
 XLA writes a decoded weight to memory before it multiplies by it, which costs more
 traffic than a dense weight. Here each tile is decoded where it is multiplied, so that
-a weight is read once, in the bits it is stored in: what a product of few rows needs.
+a weight is read once for each tile of rows, in the bits it is stored in: what a
+product of few rows needs.
 
 Two integers that share a byte are neighbours along one dim of the weight. The lower
 and the upper halves are multiplied apart, by every second column of `x` or into every
@@ -87,7 +88,7 @@ def product(
     """
     (rows, k), (groups, n) = x.shape, scale.shape
     group = k // groups
-    tm = min(rows, _ROWS)
+    tm = max(1, min(rows, _ROWS))
     m = -(-rows // tm) * tm
     x = jnp.pad(x, ((0, m - rows), (0, 0)))
     xs, scales = x[None], scale[None]
@@ -177,7 +178,7 @@ def round_rows(
         interpret: run without an accelerator.
     """
     rows, k = x.shape
-    tm = min(rows, max(8, 2**20 // k // 8 * 8))  # float32, in four megabytes
+    tm = max(1, min(rows, max(8, 2**20 // k // 8 * 8)))  # float32, in four megabytes
     m = -(-rows // tm) * tm
     x = jnp.pad(x, ((0, m - rows), (0, 0)))
 

@@ -22,7 +22,7 @@ class Entry:
         part: number of the part, in the order in which they are used.
         format: what it was rounded to.
         error: root of the summed squared rounding errors over that of the summed
-            squared weights.
+            squared weights; None: only shapes are known.
         output_error: the same for what it computes of the calibration data; None: it
             was rounded without.
         seconds: since the entry before it, or since the log was made: running the
@@ -32,7 +32,7 @@ class Entry:
     path: str
     part: int
     format: str
-    error: float
+    error: float | None
     output_error: float | None
     seconds: float
 
@@ -52,7 +52,7 @@ class Log:
         path: str,
         part: int,
         format: str,
-        error: float,
+        error: float | None,
         output_error: float | None = None,
     ) -> None:
         """Adds an entry that took the time since the last one."""

@@ -88,8 +88,8 @@ def quantize(
     if fit == "output":
         weighed = importances(fn, params, args, given or [], choices, progress)
         fit = "mse"
-    given = {"x_scales": x_scales, "importance": weighed, "log": log}
-    return lift(fn), apply(params, choices, fit=fit, **given)
+    known = {"x_scales": x_scales, "importance": weighed, "log": log}
+    return lift(fn), apply(params, choices, fit=fit, **known)
 
 
 def check_formats(formats: Any) -> None:
@@ -139,7 +139,7 @@ def apply(
             known = scales.get(c.path)
             q = round_weight(x, c, fit, known, importance.get(c.path))
             if log is not None and known is None:
-                log.add(c.path, 0, c.format.name, relative_error(x, q) or 0.0)
+                log.add(c.path, 0, c.format.name, relative_error(x, q))
         if c.path in x_scales:
             q = dataclasses.replace(q, x_scale=x_scales[c.path])
         return q

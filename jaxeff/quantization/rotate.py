@@ -2,8 +2,8 @@
 
 For an orthogonal R, `x @ w` is `(x @ R.T) @ (R @ w)`. With R a Hadamard matrix with
 random signs no single input of the second product is large, so both of its factors
-lose less when they are rounded. R is applied to `x` as it arrives, as a product of
-small factors: n log n additions and not n * n.
+lose less when they are rounded. R is applied to `x` as it arrives, as a Kronecker
+product of small factors (for n inputs with a large odd factor these are not small).
 
 Sources: Ashkboos et al. 2024, arXiv:2404.00456 (QuaRot), section 4.2, rotated online;
 random signs: Chee et al. 2023, arXiv:2307.13304 (QuIP), section 4.
@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxeff import tree
-from jaxeff.program import Dot, is_leaf, keep, Leaf, lift, Site, trace
+from jaxeff.program import dense, Dot, is_leaf, keep, Leaf, lift, Site, trace
 from jaxeff.tree import pytree, static
 
 _FACTOR = 64  # of a Hadamard matrix: larger ones are products of such
@@ -57,20 +57,25 @@ def rotate_dim(
     of the two, both to rounding.
     """
     dim %= x.ndim
-    n, matrices = x.shape[dim], factors(x.shape[dim])
+    n = x.shape[dim]
+    matrices = factors(n) if n else []
     signs = np.random.default_rng([seed, n]).choice([-1.0, 1.0], n)
-    signs = jnp.asarray(signs.reshape([n if d == dim else 1 for d in range(x.ndim)]))
-    signs = signs.astype(x.dtype)
-    y = x if back else x * signs
+    if n == 0:
+        return x
+    signs = signs.reshape([n if d == dim else 1 for d in range(x.ndim)])
+    # Rounded once, however many factors there are.
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    signs = jnp.asarray(signs, wide)
+    y = x.astype(wide) if back else x * signs
     shape = y.shape
     y = y.reshape(*shape[:dim], *map(len, matrices), *shape[dim + 1 :])
     for i, m in enumerate(matrices):
-        m = jnp.asarray(m.T if back else m, x.dtype)
+        m = jnp.asarray(m.T if back else m, wide)
         numbers = (((dim + i,), (1,)), ((), ()))
         y = jax.lax.dot_general(y, m, numbers, precision=_HIGHEST)
         y = jnp.moveaxis(y, -1, dim + i)
     y = y.reshape(shape)
-    return y * signs if back else y
+    return (y * signs if back else y).astype(x.dtype)
 
 
 @pytree
@@ -101,10 +106,10 @@ class Rotated(Leaf):
 
     def dense(self) -> Array:
         """The array it stands for."""
-        w = self.w.astype(jnp.promote_types(self.dtype, jnp.float32))
+        w = dense(self.w)
         for d in self.dims:
             w = rotate_dim(w, d, self.seed, back=True)
-        return w.astype(self.dtype)
+        return w
 
     def _with(self, w: Any, dims: Sequence[int] | None = None) -> Any:
         if w is NotImplemented:
@@ -138,15 +143,27 @@ class Rotated(Leaf):
             return NotImplemented
         return self._with(keep(self.w, dim, mask))
 
+    def forms(self, x: Array, dot: Dot) -> dict[str, Callable[[], Any]]:
+        """Those of what is rotated."""
+        x = self._turned(x, dot)
+        return self.w.forms(x, dot) if is_leaf(self.w) and x is not None else {}
+
     def dot(self, x: Array, dot: Dot) -> Any:
         """`dot(x, self.dense())`, as the product of both rotated."""
+        x = self._turned(x, dot)
+        if x is None:
+            return NotImplemented
+        return self.w.dot(x, dot) if is_leaf(self.w) else dot(x, self.w)
+
+    def _turned(self, x: Array, dot: Dot) -> Any:
+        """What meets the weight, rotated; None if it cannot be."""
         pairs = dict(zip(dot.dims.w_contract, dot.dims.x_contract, strict=True))
         dims = [d + self.ndim for d in self.dims]
         if not jnp.issubdtype(x.dtype, jnp.floating) or not set(dims) <= set(pairs):
-            return NotImplemented
+            return None
         for d in dims:
             x = rotate_dim(x, pairs[d], self.seed)
-        return self.w.dot(x, dot) if is_leaf(self.w) else dot(x, self.w)
+        return x
 
 
 def rotate(
@@ -199,10 +216,9 @@ def rotate(
         dims = tuple(d - x.ndim for d in contract)
 
         def turn(w: Array) -> Array:
-            wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
             for d in dims:
-                wide = rotate_dim(wide, d, seed)
-            return wide.astype(w.dtype)
+                w = rotate_dim(w, d, seed)
+            return w
 
         shape_only = isinstance(x, jax.ShapeDtypeStruct)
         w = jax.eval_shape(turn, x) if shape_only else jax.jit(turn)(x)

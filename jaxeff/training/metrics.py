@@ -6,12 +6,13 @@ it is written, so a killed run keeps all but perhaps its last.
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from jaxeff.program import write_file
 
 from .extras import require
 
@@ -86,10 +87,8 @@ def _truncate(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in read_metrics(path.parent) if line["step"] <= step > 0]
-    # The new file replaces the old in one go: a crash here loses nothing.
-    new = path.with_suffix(".new")
-    new.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(new, path)
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    write_file(path, lambda file: file.write(text.encode()))
 
 
 def check_events() -> None:

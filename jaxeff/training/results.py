@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from jaxeff.cost import processor
+from jaxeff.program import write_file
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 # What changes how fast the same program runs.
@@ -46,8 +47,5 @@ def _version(package: str) -> str:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Writes a JSON file, whole or not at all; its folder is made where missing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    os.replace(new, path)
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    write_file(path, lambda file: file.write(text.encode()))

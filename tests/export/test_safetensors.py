@@ -36,6 +36,7 @@ MADE = {
     "dense": lambda p, x: (fn, p),
     "low rank": lambda p, x: lowrank.factorize(fn, p, x, ranks=3),
     "shrunk and quantized": chain,
+    "scalar": lambda p, x: (fn, {**p, "t": jnp.float32(2)}),
     "bfloat16": lambda p, x: (fn, jax.tree.map(lambda w: w.astype("bfloat16"), p)),
 }
 
@@ -45,7 +46,7 @@ def test_a_model_comes_back_as_it_was(name, given, tmp_path):
     params, x = given
     made_fn, made = MADE[name](params, x)
     save_safetensors(tmp_path / "new" / "m.safetensors", made_fn, made, {"loss": 0.5})
-    like = made if name == "bfloat16" else params
+    like = made if name in ("bfloat16", "scalar") else params
     shapes = jax.eval_shape(lambda: like)
     again_fn, again, meta = load_safetensors(
         tmp_path / "new" / "m.safetensors", fn, shapes
@@ -99,6 +100,8 @@ def test_what_the_format_cannot_hold_is_an_error(given, tmp_path):
     params, _ = given
     with pytest.raises(ValueError, match="b is int4: convert it"):
         save_safetensors(tmp_path / "m", fn, {**params, "b": jnp.zeros(12, jnp.int4)})
+    with pytest.raises(ValueError, match="meta is anything JSON can hold, but"):
+        save_safetensors(tmp_path / "m", fn, params, {"when": object()})
     assert not list(tmp_path.iterdir())
 
 

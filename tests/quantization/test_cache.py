@@ -32,6 +32,9 @@ by_name = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 @by_name
 def test_what_is_read_is_what_was_written_rounded(fmt, normal):
     cache = quantize_cache({"k": jnp.zeros((2, 3, 7, 2, 8))}, fmt)["k"]
+    full = normal(2, 3, 7, 2, 8)
+    near = quantize_array(full, fmt, (4,), (0, 1, 2, 3)).dense()
+    np.testing.assert_array_equal(quantize_cache([full], fmt)[0].read(1), near[1])
     first, more = normal(3, 4, 2, 8), normal(3, 2, 2, 8)
     write = jax.jit(lambda c, x, layer, at: c.write(x, layer, at))
     cache = write(write(cache, first, 1, 0), more, jnp.int32(1), jnp.int32(4))
@@ -95,5 +98,7 @@ def test_formats_that_are_no_numbers_of_tokens_are_refused(fmt):
 def test_what_is_no_cache_is_refused_and_groups_must_fit():
     with pytest.raises(ValueError, match="and this has none"):
         quantize_cache({"k": jnp.zeros((3, 4))})
+    with pytest.raises(ValueError, match="not rounded already"):
+        quantize_cache(quantize_cache(init_cache(CONFIG, 1, 4)))
     with pytest.raises(ValueError, match="a group of 3"):
         quantize_cache(init_cache(CONFIG, 1, 4), int4.grouped(3))

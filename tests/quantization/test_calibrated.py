@@ -202,6 +202,12 @@ def test_each_weight_sees_what_the_rounded_ones_before_it_compute():
 BAD = {
     "no data": (gptq, {"batches": []}, "calibration needs data, got no batch"),
     "block": (gptq, {"block": 0}, "block >= 1 and damping > 0, got 0"),
+    "fit": (gptq, {"fit": "hqq"}, "by 'absmax' or 'mse', got 'hqq'"),
+    "fit of codes": (
+        gptq,
+        {"fit": "mist", "formats": Codebook(2)},
+        "by 'absmax' or 'mse', got 'mist'",
+    ),
     "damping": (gptq, {"damping": 0.0}, "got 128 and 0.0: the paper takes"),
     "steps": (adaround, {"steps": 0}, "1 step or more, got 0"),
     "groups": (

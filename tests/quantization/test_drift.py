@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxeff.program import calibrate
-from jaxeff.quantization import adaround, gptq, int3
+from jaxeff.program import calibrate, dense
+from jaxeff.quantization import adaround, gptq, int2, int3, int8
 from jaxeff.quantization.drift import grams, undrifted
 from tests.quantization.problems import problem
 
@@ -58,7 +58,7 @@ def test_the_inputs_that_were_are_those_of_the_model_as_it_was():
         return jnp.zeros_like(w)  # as different as can be
 
     new = calibrate(
-        deep, params, [(x[:5],), (x[5:],)], weights=["w"], compare=True,
+        deep, params, [(x[:5],), (x[5:],)], weights=["w"], compare=params,
         statistic=lambda now, then: (now.sum((0, 1)), then.sum((0, 1))), update=look,
     )  # fmt: skip
     np.testing.assert_array_equal(new["w"], 0)
@@ -67,6 +67,21 @@ def test_the_inputs_that_were_are_those_of_the_model_as_it_was():
         np.testing.assert_allclose(a, now.sum(0), atol=1e-5)
         np.testing.assert_allclose(b, then.sum(0), atol=1e-5)
         now, then = now / 2, deep({"w": params["w"][layer : layer + 1]}, then)
+
+
+def test_what_is_rounded_before_any_data_counts_too():
+    """The rows of a table, of which no data tells, are rounded first."""
+    rng = np.random.default_rng(0)
+    draw = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)
+    params = {"table": draw(50, 40), "w": draw(40, 24)}
+    look = lambda p, ids: p["table"][ids] @ p["w"]
+    ids, off = jnp.arange(50), []
+    for drift in (False, True):
+        formats = {"table": int2, "w": int8}
+        _, q = gptq(look, params, ids, batches=[(ids,)], formats=formats, drift=drift)
+        y = dense(q)["table"] @ dense(q)["w"]
+        off.append(float(jnp.linalg.norm(y - look(params, ids))))
+    assert off[1] < 0.9 * off[0]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Every way to multiply by a weight in few bits computes the same."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from jaxeff.quantization import (
     log4,
     mxfp4,
     nf4,
+    quantize,
     quantize_array,
     uint4,
     w8a8,
@@ -97,6 +100,48 @@ def test_parts_in_bfloat16_are_as_exact_as_float32():
     assert off(q.forms(x, dot)["in bfloat16 parts"]()) < 1e-6
     rounded = x.astype(jnp.bfloat16).astype(jnp.float32)
     assert off(dot(rounded, q.dense())) > 1e-4
+
+
+def test_zero_points_that_are_no_integers_are_not_split_into_parts():
+    params, x = {"w": problem("inputs first", uint4)[0].dense()}, jnp.ones((5, 64))
+    q = quantize(lambda p, x: x @ p["w"], params, x, formats=uint4, fit="hqq")[1]["w"]
+    dot = problem("inputs first", uint4)[2]
+    x = problem("inputs first", uint4)[1]
+    want = dot(x, q.dense())
+    found = q.forms(x, dot)
+    assert "in bfloat16 parts" not in found and "byte by byte" in found
+    for run in found.values():
+        np.testing.assert_allclose(run(), want, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("fmt", [int8, int4.grouped(32)], ids=lambda f: f.name)
+def test_weights_of_bfloat16_are_multiplied_in_as_many_bits(fmt):
+    q, x, dot = problem("inputs first", fmt, dtype=jnp.bfloat16)
+    wide = {**HIGHEST, "preferred_element_type": jnp.float32}
+    dot = dataclasses.replace(dot, params=wide)
+    want = q.dot(x, dot)
+    for name, run in q.forms(x, dot).items():
+        off = np.abs(run() - want).max()
+        assert off < 2e-5 * np.abs(want).max(), name
+
+
+def test_what_is_too_large_for_bfloat16_is_no_nan():
+    q, x, dot = problem("inputs first", int8)
+    x = x.at[0, 0].set(3.4e38).at[1, 1].set(jnp.inf)
+    got, want = q.forms(x, dot)["in bfloat16 parts"](), q.dot(x, dot)
+    np.testing.assert_array_equal(jnp.isnan(got[2:]), jnp.isnan(want[2:]))
+    assert not np.isnan(got[0]).all()
+
+
+def test_on_a_tpu_the_kernel_is_a_form_with_the_derivative_of_the_product(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    q, x, dot = problem("inputs first", int4)
+    assert "kernel" in q.forms(x, dot)
+    run = lambda x: forms.by_kernel(q, x, dot, interpret=True)
+    slope = lambda f: jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))(x)
+    want = slope(lambda x: dot(x, q.dense()))
+    np.testing.assert_allclose(slope(run), want, atol=3e-5 * np.abs(want).max())
+    assert forms.by_kernel(q, x[:0], dot, interpret=True).shape == (0, 256)
 
 
 @pytest.mark.parametrize("fmt", [int8, int4, int4.grouped(32)], ids=lambda f: f.name)

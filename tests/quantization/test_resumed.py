@@ -11,6 +11,7 @@ from jaxeff.quantization import (
     adaround,
     awq,
     Codebook,
+    fitting,
     gptq,
     int4,
     Log,
@@ -84,9 +85,18 @@ def test_a_stopped_calibration_goes_on_to_the_same_result(
     stopped_after(4, monkeypatch, lambda: run(*given, resume=folder))
     done = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.npz")}
     assert len(done) == 4
-    again = run(*given, resume=folder)[1]
+    log = Log()
+    logs = {} if name in ("sparsegpt", "wanda") else {"log": log}
+    again = run(*given, resume=folder, **logs)[1]
+    assert len(log.entries) == (6 if logs else 0)
     assert jax.tree.structure(again) == jax.tree.structure(whole)
     jax.tree.map(np.testing.assert_array_equal, again, whole)
+    if name == "gptq":  # codebooks are not learned again
+        with monkeypatch.context() as m:
+            m.setattr(fitting, "importances", None)
+            jax.tree.map(
+                np.testing.assert_array_equal, run(*given, resume=folder)[1], whole
+            )
     assert {p: (folder / p).stat().st_mtime_ns for p in done} == done
     assert len(list(folder.glob("*.npz"))) == 6
     assert not list(folder.glob("*.new"))
@@ -103,6 +113,31 @@ def test_another_run_does_not_go_on_there(given, tmp_path):
         with pytest.raises(ValueError, match="other weights, data or options") as e:
             run(p, **k)
         assert "\n" not in str(e.value)
+    # The same weights in another function, or another format of one that comes first.
+    other = lambda p, x: stack(p, jax.nn.relu(x))
+    with pytest.raises(ValueError, match="other weights, data or options"):
+        gptq(other, params, x, batches=[(x,)], formats=int4, resume=tmp_path / "run")
+    table = {"e": jnp.ones((9, 40)), "a": params["a"][0], "b": params["b"][0]}
+    look = lambda p, ids: mlp(p, p["e"][ids])
+    ids = jnp.arange(30) % 9
+    for fmt in (int4, uint4):
+        again = lambda fmt=fmt: gptq(
+            look,
+            table,
+            ids,
+            batches=[(ids,)],
+            formats={"e": fmt, "**": int4},
+            resume=tmp_path / "table",
+        )
+        if fmt is int4:
+            again()
+            continue
+        with pytest.raises(ValueError, match="other weights, data or options"):
+            again()
+    # What was killed in its first moment is no other run.
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "about.json.new").write_text("{")
+    gptq(stack, params, x, batches=[(x,)], formats=int4, resume=tmp_path / "first")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds files that are no parts"):
