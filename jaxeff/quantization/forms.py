@@ -32,7 +32,8 @@ def of(q: Any, x: Array, dot: Dot) -> dict[str, Callable[[], Any]]:
     dtype = jnp.promote_types(x.dtype, q.dtype)
     out = dot.params["preferred_element_type"] or dtype
     found: dict[str, Callable[[], Any]] = {}
-    if not any(q.scale.shape[d] > 1 for d in dot.dims.w_contract):
+    grouped = any(q.scale.shape[d] > 1 for d in dot.dims.w_contract)
+    if not grouped:
         if q.dtype == jnp.float32:  # or decoding would round
             found["decoded first"] = lambda: dot(x.astype(dtype), q.dense())
         whole = q.zero is None or jnp.issubdtype(q.zero.dtype, jnp.integer)
@@ -46,7 +47,9 @@ def of(q: Any, x: Array, dot: Dot) -> dict[str, Callable[[], Any]]:
         if longest is not None and q.shape[longest] > size and q.can_cut(longest, size):
             run = functools.partial(_by_outputs, q, x, dot, longest, size)
             found[f"{size} outputs at a time"] = run
-    for size in INPUTS:
+    # Groups are decoded to the dtype of the weight; a piece within one would not be.
+    same = not grouped or q.dtype == jnp.float32
+    for size in INPUTS if same else ():
         if len(contract) == 1 and q.shape[contract[0]] > size:
             if q.can_cut(contract[0], size):
                 run = functools.partial(_by_inputs, q, x, dot, size)
@@ -184,7 +187,8 @@ def _run_kernel(q: Any, x: Array, dot: Dot, interpret: bool) -> Array:
     order = sorted(zip(d.w_contract, d.x_contract, strict=True))
     free = d.x_free(x.ndim)
     rows = x.transpose((*free, *(at for _, at in order)))
-    rows = rows.reshape(math.prod(x.shape[i] for i in free), -1)
+    n_in = math.prod(q.shape[:n])
+    rows = rows.reshape(math.prod(x.shape[i] for i in free), n_in)
     scale = blocks.expand(q.scale, [*q.scale.shape[:n], *q.shape[n:]])
     packed = None if q.packed is None else int(q.packed + q.ndim >= n)
     values = q.values.reshape(math.prod(q.values.shape[:n]), -1)

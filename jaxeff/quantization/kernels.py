@@ -87,8 +87,10 @@ def product(
         float32.
     """
     (rows, k), (groups, n) = x.shape, scale.shape
+    if rows == 0:
+        return jnp.zeros((0, n), jnp.float32)
     group = k // groups
-    tm = max(1, min(rows, _ROWS))
+    tm = min(rows, _ROWS)
     m = -(-rows // tm) * tm
     x = jnp.pad(x, ((0, m - rows), (0, 0)))
     xs, scales = x[None], scale[None]
@@ -178,7 +180,9 @@ def round_rows(
         interpret: run without an accelerator.
     """
     rows, k = x.shape
-    tm = max(1, min(rows, max(8, 2**20 // k // 8 * 8)))  # float32, in four megabytes
+    if rows == 0:
+        return jnp.zeros((0, k), jnp.int8), jnp.zeros((0, 1), jnp.float32)
+    tm = min(rows, max(8, 2**20 // k // 8 * 8))  # float32, in four megabytes
     m = -(-rows // tm) * tm
     x = jnp.pad(x, ((0, m - rows), (0, 0)))
 
