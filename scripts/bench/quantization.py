@@ -249,6 +249,8 @@ class Table:
             "bits": 8 * tree.tree_bytes(new) / n,
             "bytes": tree.tree_bytes(new),
             "seconds": seconds,
+            # Rows may be of several runs.
+            "where": {k: about()[k] for k in ("date", "devices", "environment")},
         }
         self.rows.append(row)
         write_json(
