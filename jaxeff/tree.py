@@ -138,6 +138,30 @@ def match(
     return [n for n in names if n in hit]
 
 
+def check_some(
+    patterns: Iterable[str], reasons: Mapping[str, str], *, does: str, way_out: str
+) -> None:
+    """Refuses a pattern of which all weights have to stay as they are.
+
+    Args:
+        patterns: globs over paths.
+        reasons: for each weight why it stays; empty where it does not.
+        does: what is done to weights, "prunes".
+        way_out: a sentence for the message.
+
+    Raises:
+        ValueError: there is such a pattern, or one matches nothing.
+    """
+    for pattern in patterns:
+        matched = match(pattern, reasons)
+        if all(reasons[path] for path in matched):
+            said = "; ".join(f"{path}: {reasons[path]}" for path in matched[:3])
+            raise ValueError(
+                f"pattern {pattern!r} {does} none of the {len(matched)} weights it "
+                f"matches: {said}{' ...' * (len(matched) > 3)}. {way_out}"
+            )
+
+
 def _no_match(pattern: str, names: list[str], what: str) -> str:
     if not names:
         return f"pattern {pattern!r} matches no {what}: there is none to match."

@@ -100,19 +100,13 @@ def choose(
         if not use.native and isinstance(out[use.path], Factored):
             what = f"{use.primitive} at {use.source}"
             out[use.path] = f"its factors would be multiplied out for {what}"
+    reasons = {path: x if isinstance(x, str) else "" for path, x in out.items()}
     for pattern in ranks:
-        matched = tree.match(pattern, weights)
-        if not any(isinstance(out[path], Factored) for path in matched):
-            said = "; ".join(f"{p}: {out[p]}" for p in matched[:3])
-            more = " ..." * (len(matched) > 3)
-            done = any(out[path] == ALREADY for path in matched)
-            way_out = "Choose other weights or a smaller rank."
-            if done:
-                way_out = "Factorize before quantizing, and each weight once."
-            raise ValueError(
-                f"pattern {pattern!r} factors none of the {len(matched)} weights it "
-                f"matches: {said}{more}. {way_out}"
-            )
+        done = any(out[path] == ALREADY for path in tree.match(pattern, weights))
+        way_out = "Choose other weights or a smaller rank."
+        if done:
+            way_out = "Factorize before quantizing, and each weight once."
+        tree.check_some([pattern], reasons, does="factors", way_out=way_out)
     return out
 
 

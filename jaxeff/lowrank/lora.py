@@ -154,15 +154,10 @@ def adapt(
     for site in program.sites:
         uses[site.path].append((site, at[site.where]))
     cuts = {path: cut_of(_shape(w), uses[path]) for path, w in weights.items()}
-    for pattern in rules:
-        matched = tree.match(pattern, weights)
-        if all(isinstance(cuts[path], str) for path in matched):
-            said = "; ".join(f"{p}: {cuts[p]}" for p in matched[:3])
-            raise ValueError(
-                f"pattern {pattern!r} adapts none of the {len(matched)} weights it "
-                f"matches: {said}{' ...' * (len(matched) > 3)}. Name kernels or "
-                "embeddings."
-            )
+    reasons = {p: cut if isinstance(cut, str) else "" for p, cut in cuts.items()}
+    tree.check_some(
+        rules, reasons, does="adapts", way_out="Name kernels or embeddings."
+    )
     key = jr.key(0) if key is None else key
 
     def adapted(keypath: tuple, w: Any) -> Any:

@@ -42,8 +42,9 @@ class Memory:
         if about.is_file():
             if json.loads(about.read_text()) != mine:
                 raise ValueError(
-                    f"{self.folder} holds parts of a calibration with other weights, "
-                    "data or options than these. Name another folder, or delete it."
+                    f"{self.folder} holds parts of a calibration of another model, or "
+                    "with other weights, data or options. Name another folder, or "
+                    "delete it."
                 )
             return
         # What was killed in its first moment left but a file that is not whole.

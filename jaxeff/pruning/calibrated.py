@@ -237,13 +237,6 @@ def _chosen(
     amount = f"{sparsity.n}:{sparsity.m}" if isinstance(sparsity, NM) else sparsity
     reasons = prunable(fn, params, *args, sparsity=amount, only=only)
     patterns = ["**"] if only is None else [only] if isinstance(only, str) else only
-    for pattern in patterns:
-        matched = tree.match(pattern, reasons)
-        if all(reasons[p] for p in matched):
-            said = "; ".join(f"{p}: {reasons[p]}" for p in matched[:3])
-            raise ValueError(
-                f"pattern {pattern!r} prunes none of the {len(matched)} weights it "
-                f"matches: {said}{' ...' * (len(matched) > 3)}. Name kernels, with a "
-                "sparsity that fits them."
-            )
+    way_out = "Name kernels, with a sparsity that fits them."
+    tree.check_some(patterns, reasons, does="prunes", way_out=way_out)
     return [p for p, reason in reasons.items() if not reason]

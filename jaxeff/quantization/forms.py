@@ -62,25 +62,18 @@ def of(q: Any, x: Array, dot: Dot) -> dict[str, Callable[[], Any]]:
 
 def _by_planes(q: Any, x: Array, dot: Dot) -> Array:
     """Codes that share a byte are multiplied apart, so that none is moved."""
-    planes, dim = q.planes(), 0 if q.packed is None else q.packed + q.ndim
-    if not planes:
+    planes, d = q.planes(), dot.dims
+    dim = None if q.packed is None else q.packed + q.ndim
+    if not planes or dim in d.w_batch:
         return q.dot(x, dot)
-    d, n = dot.dims, len(planes)
-    for ours, theirs in ((d.w_contract, d.x_contract), (d.w_batch, d.x_batch)):
-        if dim in ours:
-            at = theirs[ours.index(dim)]
-            each = [jax.lax.slice_in_dim(x, i, None, n, at) for i in range(n)]
-            ys = [
-                plane.dot(part, dot) for plane, part in zip(planes, each, strict=True)
-            ]
-            if ours is d.w_contract:
-                return functools.reduce(jnp.add, ys)
-            place = d.w_batch.index(dim)
-            break
-    else:
-        ys = [plane.dot(x, dot) for plane in planes]
-        place = dot.output_dims(x.ndim, q.ndim)["w"][d.w_free(q.ndim).index(dim)]
-    y = jnp.stack(ys, place + 1)
+    n = len(planes)
+    if dim in d.w_contract:
+        at = d.x_contract[d.w_contract.index(dim)]
+        parts = [jax.lax.slice_in_dim(x, i, None, n, at) for i in range(n)]
+        pairs = zip(planes, parts, strict=True)
+        return functools.reduce(jnp.add, [plane.dot(x, dot) for plane, x in pairs])
+    place = dot.output_dims(x.ndim, q.ndim)["w"][d.w_free(q.ndim).index(dim)]
+    y = jnp.stack([plane.dot(x, dot) for plane in planes], place + 1)
     return y.reshape(*y.shape[:place], -1, *y.shape[place + 2 :])
 
 

@@ -90,6 +90,9 @@ def product(
     if rows == 0:
         return jnp.zeros((0, n), jnp.float32)
     group = k // groups
+    why = unfit(k, n, bits, packed, group)
+    if why:
+        raise ValueError(f"no kernel multiplies by this weight: {why}. Decode it.")
     tm = min(rows, _ROWS)
     m = -(-rows // tm) * tm
     x = jnp.pad(x, ((0, m - rows), (0, 0)))
@@ -103,8 +106,7 @@ def product(
     else:
         planes = ((0, None, 0),)
     tk, tn = tile(k, _INPUTS), tile(n, _COLUMNS)
-    if tk is None or tn is None:
-        raise ValueError(f"{unfit(k, n, 8, None, k)}: see `unfit`, and pad the weight.")
+    assert tk is not None and tn is not None
     # Of three dims, as the last two of a block must be whole or multiples of a tile.
     scales = scales[:, :, None, :]
     per_step = 1 if groups == 1 else tk // group

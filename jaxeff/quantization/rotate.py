@@ -58,10 +58,10 @@ def rotate_dim(
     """
     dim %= x.ndim
     n = x.shape[dim]
-    matrices = factors(n) if n else []
-    signs = np.random.default_rng([seed, n]).choice([-1.0, 1.0], n)
     if n == 0:
         return x
+    matrices = factors(n)
+    signs = np.random.default_rng([seed, n]).choice([-1.0, 1.0], n)
     signs = signs.reshape([n if d == dim else 1 for d in range(x.ndim)])
     # Rounded once, however many factors there are.
     wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -200,15 +200,8 @@ def rotate(
         uses.get(site.path, []).append(site)
     reasons = {path: _why_not(x, uses[path]) for path, x in weights.items()}
     patterns = ["**"] if only is None else [only] if isinstance(only, str) else only
-    for pattern in patterns:
-        matched = tree.match(pattern, weights)
-        if all(reasons[path] for path in matched):
-            said = "; ".join(f"{path}: {reasons[path]}" for path in matched[:3])
-            raise ValueError(
-                f"pattern {pattern!r} rotates none of the {len(matched)} weights it "
-                f"matches: {said}{' ...' * (len(matched) > 3)}. Name kernels of "
-                "products."
-            )
+    way_out = "Name kernels of products."
+    tree.check_some(patterns, reasons, does="rotates", way_out=way_out)
     chosen = tree.match(patterns, weights)
 
     def rotated(path: str) -> Rotated:
