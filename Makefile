@@ -5,6 +5,8 @@ VENV ?= .venv
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 pytest := $(bin)/python -m pytest -n 2 --dist worksteal
+# Most of the time of small tests is spent in compiling; the slow ones are optimized.
+unoptimized := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -20,9 +22,9 @@ demo: $(VENV)/.base ## train a model on handwritten digits, compress it, show wh
 	$(bin)/python scripts/compress.py --output runs/demo
 
 test: $(VENV)/.dev ## the tests, but for the slow ones
-	$(pytest) -m "not slow and not gpu"
+	$(unoptimized) $(pytest) -m "not slow and not gpu"
 
-test-slow: $(VENV)/.dev ## the tests that take longer than ten seconds each
+test-slow: $(VENV)/.dev ## the tests that take longer than five seconds each
 	$(pytest) -m "slow and not gpu"
 
 test-latest: ## the same tests on the newest JAX, where a Python >= 3.12 is found

@@ -1,8 +1,28 @@
 """Meshes, and the ways to spread one model over many devices."""
 
+from .audit import Audit as Audit, audit as audit, Collective as Collective
 from .data_parallel import (
     batch_sharding as batch_sharding,
     replicate as replicate,
     shard_batch as shard_batch,
 )
 from .mesh import make_mesh as make_mesh
+from .pipeline import (
+    key_of as key_of,
+    pipeline as pipeline,
+    Pipelined as Pipelined,
+    Stages as Stages,
+)
+from .ring import (
+    int8_wire as int8_wire,
+    PLAIN as PLAIN,
+    ring_all_reduce as ring_all_reduce,
+    Wire as Wire,
+)
+from .schedules import (
+    gpipe as gpipe,
+    one_f_one_b as one_f_one_b,
+    Op as Op,
+    Schedule as Schedule,
+    zero_bubble as zero_bubble,
+)

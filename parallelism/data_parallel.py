@@ -12,12 +12,15 @@ Means over the batch (a loss, the statistics of batch norm) are means over the
 whole batch, not over one device's part of it.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from .mesh import BATCH_AXES
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
@@ -35,7 +38,9 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh, batch_size: int | None = None) -> NamedSharding:
-    """Splits the first dim of an array over the axis `data` of the mesh.
+    """Splits the first dim of an array over the axes whose devices share the batch.
+
+    They are `data`, `fsdp` and `expert`, as far as the mesh has them.
 
     Args:
         mesh: from `make_mesh`.
@@ -45,13 +50,15 @@ def batch_sharding(mesh: Mesh, batch_size: int | None = None) -> NamedSharding:
     Raises:
         ValueError: `batch_size` does not divide among the devices.
     """
-    shards = mesh.shape["data"]
+    axes = tuple(name for name in BATCH_AXES if name in mesh.axis_names)
+    shards = math.prod(mesh.shape[name] for name in axes)
     if batch_size is not None and (batch_size < 1 or batch_size % shards):
         raise ValueError(
-            f"the devices of the axis data share each batch evenly, but a batch of "
-            f"{batch_size} does not divide by {shards}. Choose a multiple of {shards}."
+            f"the devices of {', '.join(axes)} share each batch evenly, but a batch "
+            f"of {batch_size} does not divide by {shards}. Choose a multiple of "
+            f"{shards}."
         )
-    return NamedSharding(mesh, P("data"))
+    return NamedSharding(mesh, P(axes))
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:

@@ -1,53 +1,116 @@
-"""One mesh for every kind of parallelism; an axis of size 1 is switched off."""
+"""One mesh for every kind of parallelism; an axis of size 1 is switched off.
 
+make_mesh()                       # all devices share the batch
+make_mesh(fsdp=8, tensor=4)       # the rest of the devices is `data`
+"""
+
+import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-AXES = ("data", "tensor", "pipe")
+# From the axis that sends least and seldom to the one that sends most: the devices of
+# the last axes are neighbours, and only the first reach over to other hosts and slices.
+AXES = ("pipe", "data", "fsdp", "expert", "sequence", "tensor")
+# Those whose devices hold different examples.
+BATCH_AXES = ("data", "fsdp", "expert")
 
 
 def make_mesh(
     *,
     data: int | None = None,
+    fsdp: int = 1,
     tensor: int = 1,
     pipe: int = 1,
+    sequence: int = 1,
+    expert: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """All devices of all processes as a mesh with the axes data, tensor and pipe.
+    """All devices of all processes as a mesh with all six axes.
+
+    The axes lie so that those that send most stay on the fastest links: `tensor` is
+    innermost, `pipe` and `data` outermost. With several slices of TPUs, only the
+    outermost axes cross the network between them.
 
     Args:
         data: copies of the model that share the batch; `None` takes all devices
-            that the other two axes leave.
+            that the other axes leave.
+        fsdp: devices that share the batch, and the weights and the state of the
+            optimizer with it.
         tensor: devices that share each layer.
         pipe: devices that share the depth.
+        sequence: devices that share the positions of each example.
+        expert: devices that share the batch, and the experts of routed layers with it.
         devices: in place of `jax.devices()`.
 
     Raises:
-        ValueError: the product of the sizes is not the number of devices.
+        ValueError: the product of the sizes is not the number of devices, or slices
+            do not divide into the outer axes.
     """
-    have = jax.device_count() if devices is None else len(devices)
-    sizes = {"data": 1 if data is None else data, "tensor": tensor, "pipe": pipe}
-    if min(sizes.values()) < 1:
-        raise ValueError(
-            "every axis of a mesh has size 1 or more, got "
-            f"{', '.join(f'{name}({n})' for name, n in sizes.items())}."
-        )
-    if data is None:
-        if have % (tensor * pipe):
-            raise ValueError(
-                f"tensor({tensor}) * pipe({pipe}) = {tensor * pipe} does not divide "
-                f"the {have} devices. Choose sizes whose product divides {have}."
-            )
-        sizes["data"] = have // (tensor * pipe)
-    elif (need := data * tensor * pipe) != have:
-        raise ValueError(
-            f"data({data}) * tensor({tensor}) * pipe({pipe}) = {need}, but there are "
-            f"{have} devices. Choose sizes whose product is {have}, or leave out data."
-        )
+    devices = jax.devices() if devices is None else devices
+    others = {
+        "pipe": pipe,
+        "fsdp": fsdp,
+        "expert": expert,
+        "sequence": sequence,
+        "tensor": tensor,
+    }
+    sizes = _sizes(data, others, len(devices))
+    shape = tuple(sizes[name] for name in AXES)
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
     # Spelled out: the default axis type depends on the JAX version. Auto: the user's
     # model says nothing about sharding, so the compiler has to carry it through.
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, (AxisType.Auto,) * len(AXES), devices=devices
-    )
+    types = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, types, devices=devices)
+    across = split_over_slices(shape, slices)
+    within = [n // s for n, s in zip(shape, across, strict=True)]
+    laid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    return Mesh(np.asarray(laid), AXES, axis_types=types)
+
+
+def _sizes(data: int | None, others: dict[str, int], have: int) -> dict[str, int]:
+    given = others if data is None else {"data": data, **others}
+    # Only what was switched on: six axes make a long line.
+    used = {n: s for n, s in given.items() if s != 1} or {"data": 1}
+    spelled = " * ".join(f"{name}({n})" for name, n in used.items())
+    if min(given.values()) < 1:
+        raise ValueError(f"every axis of a mesh has size 1 or more, got {spelled}.")
+    need = math.prod(given.values())
+    if data is None:
+        if have % need:
+            raise ValueError(
+                f"{spelled} = {need} does not divide the {have} devices. Choose sizes "
+                f"whose product divides {have}."
+            )
+        return {"data": have // need, **others}
+    if need != have:
+        raise ValueError(
+            f"{spelled} = {need}, but there are {have} devices. Choose sizes whose "
+            f"product is {have}, or leave out data."
+        )
+    return given
+
+
+def split_over_slices(shape: Sequence[int], slices: int) -> tuple[int, ...]:
+    """For each axis of a mesh, over how many slices it reaches: the outermost do.
+
+    Raises:
+        ValueError: the outer axes can't be split that way.
+    """
+    across, left = [], slices
+    for size in shape:
+        across.append(part := math.gcd(size, left))
+        left //= part
+    if left > 1:
+        sizes = " * ".join(
+            f"{name}({n})" for name, n in zip(AXES, shape, strict=True) if n > 1
+        )
+        raise ValueError(
+            f"a mesh over {slices} slices has axes that divide by them, but "
+            f"{sizes or 'data(1)'} has none. Make data or pipe a multiple of {slices}."
+        )
+    return tuple(across)

@@ -30,6 +30,14 @@ def pytest_configure(config):
         jax.config.update("jax_platforms", "cpu")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks what a module names in `SLOW`, single cases of a test among it."""
+    for item in items:
+        if item.name in getattr(item.module, "SLOW", ()):
+            item.add_marker("slow")
+
+
 def pytest_report_header():
     return f"jax {jax.__version__}, hypothesis profile {PROFILE}"
 

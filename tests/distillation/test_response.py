@@ -21,6 +21,11 @@ from jaxeff.training import (
     make_train_step,
 )
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_a_student_with_batch_norm_learns_from_a_teacher_without_labels",
+}
+
 TEMPERATURES = [0.5, 1, 4.0, 20.0]
 
 

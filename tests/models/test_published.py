@@ -6,6 +6,11 @@ import pytest
 
 from jaxeff import models
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_padding_is_not_seen_by_the_words",
+}
+
 IMAGE, WORDS = ((1, 224, 224, 3), jnp.float32), ((1, 8), jnp.int32)
 
 # The parameters of torchvision's models of the same name, of Hugging Face's

@@ -3,26 +3,29 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxeff.parallelism import make_mesh
+from jaxeff.parallelism.mesh import AXES, split_over_slices
 
 
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ({}, (8, 1, 1)),
-        ({"tensor": 2}, (4, 2, 1)),
-        ({"tensor": 2, "pipe": 4}, (1, 2, 4)),
-        ({"data": 2, "tensor": 2, "pipe": 2}, (2, 2, 2)),
+        ({}, {"data": 8}),
+        ({"tensor": 2}, {"data": 4, "tensor": 2}),
+        ({"tensor": 2, "pipe": 4}, {"tensor": 2, "pipe": 4}),
+        ({"data": 2, "tensor": 2, "pipe": 2}, {"data": 2, "tensor": 2, "pipe": 2}),
+        ({"fsdp": 2, "expert": 2}, {"data": 2, "fsdp": 2, "expert": 2}),
+        ({"sequence": 8}, {"sequence": 8}),
     ],
 )
 def test_the_axes_take_all_devices_once(sizes, shape):
     mesh = make_mesh(**sizes)
-    assert tuple(mesh.shape.items()) == tuple(zip(mesh.axis_names, shape, strict=True))
-    assert mesh.axis_names == ("data", "tensor", "pipe")
+    assert {name: n for name, n in mesh.shape.items() if n > 1} == shape
+    assert mesh.axis_names == AXES
     assert set(mesh.devices.flat) == set(jax.devices())
 
 
 def test_every_axis_is_auto_in_every_version():
-    assert make_mesh().axis_types == (AxisType.Auto,) * 3
+    assert make_mesh().axis_types == (AxisType.Auto,) * 6
 
 
 def test_a_mesh_of_some_devices_has_only_those():
@@ -34,12 +37,38 @@ def test_a_mesh_of_some_devices_has_only_those():
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ({"data": 3}, r"data\(3\) \* tensor\(1\) \* pipe\(1\) = 3, but there are 8"),
-        ({"tensor": 3}, r"tensor\(3\) \* pipe\(1\) = 3 does not divide the 8 devices"),
+        ({"data": 3}, r"data\(3\) = 3, but there are 8"),
+        ({"tensor": 3}, r"tensor\(3\) = 3 does not divide the 8 devices"),
         ({"data": 0}, r"size 1 or more, got data\(0\)"),
         ({"tensor": -2}, r"tensor\(-2\)"),
+        ({"fsdp": 2, "pipe": 3}, r"pipe\(3\) \* fsdp\(2\) = 6 does not divide"),
     ],
 )
 def test_sizes_that_do_not_make_up_the_devices_are_an_error(sizes, said):
     with pytest.raises(ValueError, match=said):
         make_mesh(**sizes)
+
+
+def test_devices_of_the_axis_that_sends_most_are_neighbours():
+    mesh = make_mesh(tensor=2, pipe=2)
+    ids = [d.id for d in mesh.devices.reshape(2, 2, 2)[0, 0]]
+    assert abs(ids[0] - ids[1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "slices", "across"),
+    [
+        ((1, 8, 1, 1, 1, 4), 2, (1, 2, 1, 1, 1, 1)),
+        ((2, 4, 2, 1, 1, 4), 4, (2, 2, 1, 1, 1, 1)),
+        ((1, 1, 16, 1, 1, 4), 4, (1, 1, 4, 1, 1, 1)),
+    ],
+)
+def test_only_the_outermost_axes_reach_over_slices(shape, slices, across):
+    assert split_over_slices(shape, slices) == across
+
+
+def test_axes_that_do_not_divide_by_the_slices_are_an_error():
+    with pytest.raises(
+        ValueError, match=r"2 slices .* data\(3\) \* tensor\(3\) has none"
+    ):
+        split_over_slices((1, 3, 1, 1, 1, 3), 2)

@@ -14,6 +14,11 @@ from tests.architectures import Architecture, ARCHITECTURES
 from tests.program.shrinking import distance
 
 # Compiling is most of the time, and the numbers need no optimisation.
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_half_of_it_equals_its_masked_self[linen_resnext]",
+}
+
 QUICK = {"xla_backend_optimization_level": 0}
 jit = functools.partial(jax.jit, compiler_options=QUICK)
 every = pytest.mark.parametrize(

@@ -12,6 +12,12 @@ from tests.program.built import build, some
 from tests.program.leaves import compress, Scaled
 from tests.program.shrinking import distance
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_a_weight_that_is_given_back_stays_bit_for_bit[nnx_transformer]",
+    "test_a_weight_that_is_given_back_stays_bit_for_bit[linen_llama_scan_remat]",
+}
+
 RNG = np.random.default_rng(0)
 draw = lambda *shape: RNG.normal(size=shape).astype(np.float32)
 X = draw(4, 6)

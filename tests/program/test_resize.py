@@ -20,6 +20,11 @@ from tests.program.shrinking import distance, random_keep, shrunk
 from tests.zoo import draw, ZOO
 
 # Compiling is most of the time, and the numbers need no optimisation.
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_gradients_of_what_is_kept_are_those_of_the_masked_function[nnx_transformer]",
+}
+
 QUICK = {"xla_backend_optimization_level": 0}
 jit = functools.partial(jax.jit, compiler_options=QUICK)
 

@@ -10,6 +10,12 @@ from jaxeff.models import GPT, ResNet
 from jaxeff.pruning import branches, select_depth
 from tests.zoo import draw
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_the_branches_of_a_model_are_its_residual_ones[gpt]",
+    "test_the_branches_of_a_model_are_its_residual_ones[resnet]",
+}
+
 
 def stack(p, x):
     """Three residual branches, one after another."""

@@ -26,6 +26,11 @@ from jaxeff.pruning import (
 from jaxeff.pruning.rewire import renewed
 from tests.pruning.sparse import at, close, COVERED, example, OPTIMIZERS, SHAPES, step
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_the_number_of_weights_stays_and_those_that_stay_train_as_ever[momentum]",
+}
+
 
 def counts(masks):
     return {path: int(jnp.sum(at(masks, path))) for path in COVERED}

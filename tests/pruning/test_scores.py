@@ -23,6 +23,11 @@ from jaxeff.pruning import (
 )
 from tests.zoo import draw
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_every_free_coupling_of_a_transformer_is_judged",
+}
+
 
 def mlp(params, x):
     return jax.nn.relu(x @ params["up"] + params["bias"][None]) @ params["down"]

@@ -15,6 +15,11 @@ from jaxeff.pruning import Budget, flops, magnitude, parameters, select, shrink
 from jaxeff.pruning.select import Widths
 from tests.zoo import draw
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_a_budget_is_kept_and_hardly_undercut[local]",
+}
+
 X = jnp.ones((2, 3))
 
 

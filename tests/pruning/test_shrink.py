@@ -13,6 +13,11 @@ from jaxeff.pruning import select, shrink, shrink_in_rounds
 from jaxeff.quantization import quantize
 from tests.zoo import draw, ZOO
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_gradients_of_the_shrunk_are_those_of_the_masked_where_it_kept[linen_cnn]",
+}
+
 LLAMA = LlamaConfig(32, 16, 24, 2, 4, 2)
 
 

@@ -11,6 +11,12 @@ from jaxeff.lowrank import factorize
 from jaxeff.quantization import int2, int4, int8, quantize, sensitivity
 from jaxeff.quantization.allocate import Option, Sensitivity
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_what_it_measures_is_what_rounding_that_weight_alone_does",
+    "test_the_factors_of_a_weight_are_measured_one_by_one",
+}
+
 RNG = np.random.default_rng(0)
 draw = lambda *s: jnp.asarray(RNG.normal(size=s), jnp.float32)
 # The second weight hardly matters, the third a lot.

@@ -27,6 +27,12 @@ from jaxeff.quantization import (
 # Eager JAX would compile each operation for each shape.
 run_fit = jax.jit(quantize_array, static_argnums=(1, 2), static_argnames="fit")
 quantize_array = jax.jit(quantize_array, static_argnums=(1, 2, 3))
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_every_view_has_the_same_numbers[int3 rows of 4]",
+    "test_every_view_has_the_same_numbers[e2m3 groups of 4, e8m0 scales]",
+}
+
 ROWS = dataclasses.replace(int3.grouped(4), outputs=None)
 FORMATS = [
     int8,

@@ -22,6 +22,11 @@ from jaxeff.quantization import (
 )
 from tests.zoo import draw
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_eight_bits_compute_nearly_what_floats_do_and_take_less",
+}
+
 CONFIG = LlamaConfig(
     vocab_size=17, d_model=32, hidden=24, n_layers=2, n_heads=4, n_kv_heads=2
 )

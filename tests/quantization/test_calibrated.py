@@ -23,6 +23,19 @@ from jaxeff.quantization import (
 )
 from tests.quantization.problems import problem
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_convolutions_are_rounded_too[codebook5x3-gptq]",
+    "test_convolutions_are_rounded_too[int4-gptq]",
+    "test_the_model_is_nearer_than_by_rounding_to_the_nearest[gptq-codebook5x2]",
+    "test_codes_that_no_data_tells_of_are_an_error",
+    "test_the_model_is_nearer_than_by_rounding_to_the_nearest[gptq-int4]",
+    "test_a_scan_is_rounded_as_the_loop_it_stands_for[int4 groups of 8]",
+    "test_the_model_is_nearer_than_by_rounding_to_the_nearest[adaround-uint4 groups of 8]",  # noqa: E501
+    "test_parts_of_a_fused_weight_keep_the_scales_of_their_own",
+    "test_some_weights_only_and_others_in_other_formats",
+}
+
 DOTS = {"a": (40, 24), "b": (24, 40)}
 
 

@@ -12,6 +12,12 @@ from jaxeff.pruning import shrink
 from jaxeff.quantization import int4, int8, QArray, quantize, report, w8a8
 from tests.zoo import ZOO
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_factors_are_quantized_one_by_one[linen_llama_scan_remat]",
+    "test_factors_are_quantized_one_by_one[plain_transformer]",
+}
+
 CASES = {c.name: c for c in ZOO}
 
 

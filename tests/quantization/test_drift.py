@@ -10,6 +10,11 @@ from jaxeff.quantization import adaround, gptq, int2, int3, int8
 from jaxeff.quantization.drift import grams, undrifted
 from tests.quantization.problems import problem
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_a_deep_model_is_nearer_to_what_it_was[gptq]",
+}
+
 
 def test_without_drift_nothing_changes():
     w, x = problem()

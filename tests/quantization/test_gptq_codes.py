@@ -12,6 +12,14 @@ from jaxeff.quantization.gptq_codes import gptq_codes
 from jaxeff.quantization.learn import learn
 from tests.quantization.problems import output_error, problem
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_it_is_what_its_codes_pick_and_the_error_is_less[6-codebook4x4 in 2 stages]",
+    "test_it_is_what_its_codes_pick_and_the_error_is_less[6-codebook5x2]",
+    "test_it_is_what_its_codes_pick_and_the_error_is_less[6-codebook3]",
+    "test_it_is_what_its_codes_pick_and_the_error_is_less[128-codebook4x4 in 2 stages]",
+}
+
 FORMATS = [
     Codebook(4),
     Codebook(5, dim=2),

@@ -5,6 +5,11 @@ import pytest
 
 from jaxeff.quantization.kmeans import kmeans, nearest
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_each_centre_is_the_weighted_mean_of_what_is_nearest_to_it",
+}
+
 
 @pytest.mark.parametrize("dim", [1, 3])
 def test_clusters_that_lie_apart_are_found(dim):

@@ -12,6 +12,12 @@ from jaxeff.quantization.grids import named
 from jaxeff.quantization.low_precision import _codes
 from tests.program.built import build, some
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_values_and_gradients_are_near[int8-0.03]",
+    "test_rounding_by_chance_is_right_in_the_mean[int8]",
+}
+
 RNG = np.random.default_rng(0)
 draw = lambda *s: jnp.asarray(RNG.normal(size=s), jnp.float32)
 PARAMS = {"a": draw(12, 16) / 3, "b": draw(16, 8) / 3}

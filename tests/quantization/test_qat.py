@@ -27,6 +27,12 @@ from jaxeff.quantization import (
 )
 from jaxeff.quantization.qat import rounded
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_activations_are_rounded_with_scales_that_train",
+    "test_the_derivatives_are_those_of_the_paper",
+}
+
 RNG = np.random.default_rng(0)
 draw = lambda *s: jnp.asarray(RNG.normal(size=s), jnp.float32)
 PARAMS = {"a": draw(12, 16) / 3, "b": draw(16, 8) / 3}

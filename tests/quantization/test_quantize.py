@@ -11,6 +11,11 @@ from jaxeff.quantization import int4, int8, Linear, QArray, quantize, w8a8
 from jaxeff.quantization.products import longest_sum
 from tests.zoo import ZOO
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_a_quantized_model_computes_with_its_dense_weights[nnx_transformer]",
+}
+
 CASES = {c.name: c for c in ZOO}
 WEIGHTS = [
     "linen_gpt",

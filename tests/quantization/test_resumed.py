@@ -21,6 +21,12 @@ from jaxeff.quantization import (
 )
 from tests.quantization.problems import output_error, problem
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_a_stopped_calibration_goes_on_to_the_same_result[gptq]",
+    "test_another_run_does_not_go_on_there",
+}
+
 SHAPES = {"a": (40, 24), "b": (24, 40)}
 FORMATS = {"a": uint4.grouped(8), "b": Codebook(4, dim=2)}
 

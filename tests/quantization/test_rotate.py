@@ -25,6 +25,13 @@ from jaxeff.quantization.rotate import factors, rotate_dim
 from tests.quantization.problems import problem
 from tests.zoo import draw
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_a_model_computes_the_same_whatever_is_done_to_it[False]",
+    "test_factors_are_fitted_to_data_too",
+    "test_activations_with_outliers_are_rounded_with_less_error",
+}
+
 
 @pytest.mark.parametrize("n", [1, 2, 8, 128, 256, 43, 172, 1000])
 def test_rotations_are_orthogonal(n, normal):

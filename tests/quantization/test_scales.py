@@ -9,6 +9,12 @@ from jaxeff.quantization import blocks, Format, int8, Linear, quantize_array, sc
 uint3 = Format(Linear(3, symmetric=False))
 
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_a_zero_point_that_is_no_integer_leaves_less_of_most_errors",
+}
+
+
 def test_degenerate_blocks_have_a_step_that_says_so():
     tiny = jnp.finfo(jnp.float32).tiny
     x = jnp.array([[0, 0], [1, jnp.inf], [jnp.nan, 1], [tiny, 0], [-254, 3]])

@@ -11,6 +11,11 @@ from jaxeff.quantization import compress_state, QArray
 from jaxeff.quantization.dynamic import Dynamic
 from jaxeff.quantization.grids import named
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_training_goes_as_with_the_whole_state[adam-8-1.15]",
+}
+
 
 @pytest.mark.parametrize("width", [4, 8])
 @pytest.mark.parametrize("signed", [True, False])

@@ -27,6 +27,11 @@ from jaxeff.quantization import (
 )
 from jaxeff.training import load_model, save_model
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_a_model_comes_back_from_disk_as_it_was[save_model-codebook4]",
+}
+
 FORMATS = {
     f.name: f
     for f in (

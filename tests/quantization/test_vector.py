@@ -13,6 +13,11 @@ from jaxeff.quantization import Codebook, quantize, VectorArray
 from jaxeff.quantization.kmeans import kmeans, nearest
 from jaxeff.quantization.learn import learn, refine
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_more_bits_and_more_stages_are_nearer",
+}
+
 FORMATS = [
     Codebook(4),
     Codebook(3, scaled=False),

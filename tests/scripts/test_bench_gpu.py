@@ -12,6 +12,13 @@ import pytest
 from jaxeff.models import LlamaConfig
 from scripts.bench import gpu, gpu_parts
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_the_tests_marked_gpu_are_found_and_run",
+    "test_without_a_gpu_it_says_so_in_one_line_and_writes_nothing",
+    "test_training_counts_its_tokens_and_names_its_peak",
+}
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = LlamaConfig(
     vocab_size=64, d_model=32, hidden=64, n_layers=2, n_heads=4, n_kv_heads=2

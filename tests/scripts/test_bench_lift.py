@@ -8,6 +8,11 @@ import pytest
 from jaxeff.training.cli import main
 from scripts.bench import lift
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_lift_is_free_and_its_leaves_compute_what_they_stand_for[mlp]",
+}
+
 SMALL = (
     lift.Case(model="mlp", options={"features": (16,)}, example=(8, 8, 1), many=4),
     lift.Case(

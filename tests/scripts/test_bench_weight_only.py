@@ -4,6 +4,11 @@ import json
 
 from scripts.bench import weight_only
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_it_measures_checks_and_writes",
+}
+
 
 def test_it_measures_checks_and_writes(tmp_path, capsys, monkeypatch):
     path = tmp_path / "new" / "weight_only.json"

@@ -23,6 +23,13 @@ from jaxeff.training import load_model, read_metrics
 from jaxeff.training.cli import main
 from scripts.train import Config, run
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_language_models_learn_from_text[llama]",
+    "test_language_models_learn_from_text[gpt]",
+    "test_a_folder_with_a_run_is_neither_overwritten_nor_mixed_up",
+}
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
     *("--model", "mlp", "--sizes", "features=(16,)", "--batch-size", "40"),

@@ -19,6 +19,11 @@ from jaxeff.training import (
     make_train_step,
 )
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_the_loss_is_the_cross_entropy_of_the_training_form[model0]",
+}
+
 
 def batch(key, n=8):
     images, labels = jr.split(key)

@@ -12,6 +12,14 @@ from jaxeff.pruning import shrink
 from jaxeff.quantization import int4, int8, quantize
 from jaxeff.training import load_model, save_model, save_params
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_a_loaded_model_equals_the_saved_one[factored_and_int4]",
+    "test_a_loaded_model_equals_the_saved_one[shrunk_twice_and_int8]",
+    "test_a_loaded_model_equals_the_saved_one[shrunk]",
+    "test_a_loaded_model_equals_the_saved_one[quantized_in_bfloat16]",
+}
+
 X = jnp.ones((2, 8, 8, 1))
 
 

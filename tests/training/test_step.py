@@ -10,6 +10,11 @@ from jaxeff.training import Aux, init_state, make_train_step
 from jaxeff.tree import pytree
 from tests.training.small import make_loss, Net, small_run, TRAINABLE, TX, variables
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_steps_are_those_of_a_hand_written_loop_bit_for_bit",
+}
+
 
 def same(a, b):
     same_leaf = lambda x, y: x.dtype == y.dtype and bool(jnp.array_equal(x, y))

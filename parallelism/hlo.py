@@ -1,0 +1,212 @@
+"""The text of a compiled program, read as far as collectives need it.
+
+A module is a list of computations, each a list of instructions in the order in which
+they run. Nothing is understood but names, types, operands, the computations an
+instruction calls and how often.
+
+Source: the XLA documentation, "Operation semantics", and the text that
+`jax.stages.Compiled.as_text` gives.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
+_NAME = re.compile(r"%([\w.\-]+)")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CALLED = re.compile(
+    r"\b(calls|to_apply|body|true_computation|false_computation|branch_computations)"
+    r"=(\{[^}]*\}|%?[\w.\-]+)"
+)
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+# What an operand is reduced with; it is no code that runs as such.
+_REDUCES = (
+    "all-reduce",
+    "reduce-scatter",
+    "reduce",
+    "reduce-window",
+    "scatter",
+    "sort",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: `%name = type opcode(operands), attributes`."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+
+    @property
+    def op_name(self) -> str:
+        """Where it comes from, as JAX names it."""
+        found = _OP_NAME.search(self.attributes)
+        return found[1] if found else ""
+
+    @property
+    def bytes(self) -> int:
+        """Size of the result."""
+        return sum(_bytes(*found) for found in _ARRAY.findall(self.type))
+
+    def calls(self) -> Iterator[tuple[str, int | None, bool]]:
+        """The computations it runs: name, how often (None: unknown), if for certain."""
+        if self.opcode.removesuffix("-start") in _REDUCES:
+            return
+        for what, names in _CALLED.findall(self.attributes):
+            times: int | None = 1
+            if what == "body":
+                trips = _TRIPS.search(self.attributes)
+                times = int(trips[1]) if trips else None
+            for name in re.findall(r"[\w.\-]+", names):
+                yield name, times, not what.endswith(("computation", "computations"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A compiled program: its computations by name, and where it starts."""
+
+    computations: Mapping[str, tuple[Instruction, ...]]
+    entry: str
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        """Every instruction; names are unique in a module."""
+        return {i.name: i for body in self.computations.values() for i in body}
+
+    def walk(self) -> Iterator[tuple[Instruction, str, int, bool]]:
+        """Every instruction that runs, with its computation, and how often it does.
+
+        Yields:
+            The instruction, the name of the computation that holds it, the times it
+            runs in one call of the program, and whether that is certain: it is not
+            inside of a branch, nor of a loop whose length is not known (which counts
+            once).
+        """
+
+        def visit(name, times, certain):
+            for i in self.computations[name]:
+                yield i, name, times, certain
+                for called, often, always in i.calls():
+                    known = certain and always and often is not None
+                    yield from visit(
+                        called, times * (1 if often is None else often), known
+                    )
+
+        return visit(self.entry, 1, True)
+
+
+def read(text: str) -> Module:
+    """A module out of its text.
+
+    Raises:
+        ValueError: it has no entry, so it is not the text of a compiled program.
+    """
+    computations: dict[str, tuple[Instruction, ...]] = {}
+    entry, name, body = None, "", []
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            name, body = head[2], []
+            entry = name if head[1] else entry
+        elif line.startswith("}"):
+            computations[name] = tuple(body)
+        elif found := _LINE.match(line):
+            body.append(_instruction(found[1], found[2]))
+    if entry is None:
+        raise ValueError(
+            "the text of a compiled program has an ENTRY, and this has none. Give "
+            "`jax.jit(fn).lower(*args).compile()`."
+        )
+    return Module(computations, entry)
+
+
+def _instruction(name: str, rest: str) -> Instruction:
+    end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
+    kind, rest = rest[:end], rest[end:].lstrip()
+    opening = rest.index("(")
+    closing = _closing(rest, opening)
+    operands = tuple(_NAME.findall(rest[opening:closing]))
+    return Instruction(name, kind, rest[:opening], operands, rest[closing:])
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` has been closed."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i + 1
+    raise ValueError(f"a parenthesis is not closed in {text[:80]!r}.")
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    if dtype == "token":
+        return 0
+    bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
+    size = int(np.prod([int(d) for d in dims.split(",") if d], dtype=np.int64))
+    return (size * bits + 7) // 8
+
+
+def groups(attributes: str, devices: int) -> np.ndarray:
+    """The devices that exchange with each other: a row for each group.
+
+    Args:
+        attributes: of a collective.
+        devices: how many run the program.
+
+    Raises:
+        ValueError: the groups are written in a way that is not known here.
+    """
+    found = re.search(r"replica_groups=(\S.*?)(?:, [a-z_]+=|$)", attributes)
+    text = found[1] if found else ""
+    if text in ("", "{}"):
+        return np.arange(devices)[None]
+    if text.startswith("{{"):
+        rows = re.findall(r"\{([\d,]+)\}", text)
+        return np.array([[int(n) for n in row.split(",")] for row in rows])
+    if iota := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?$", text):
+        shape, of, order = (_ints(part) for part in iota.groups())
+        ids = np.arange(np.prod(of)).reshape(of)
+        return (ids.transpose(order) if order else ids).reshape(shape)
+    if named := re.match(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}$", text):
+        sizes = re.findall(r"'(\w+)'=(\d+)", named[1])
+        over = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[2])
+        return _mesh_groups([(n, int(s)) for n, s in sizes], over)
+    raise ValueError(f"replica_groups={text} is written in a way that is not known.")
+
+
+def _mesh_groups(
+    sizes: list[tuple[str, int]], over: list[tuple[str, str, str]]
+) -> np.ndarray:
+    # `'x':(2)4` is the part of axis x of size 4 after a first part of size 2.
+    shape: list[int] = []
+    inside: list[int] = []
+    for name, size in sizes:
+        parts = [(int(pre or 1), int(n or size)) for x, pre, n in over if x == name]
+        for pre, n in parts[:1] or [(size, 1)]:
+            inside.append(len(shape) + 1)
+            shape += [pre, n, size // (pre * n)]
+    ids = np.arange(np.prod(shape)).reshape(shape)
+    outside = [i for i in range(len(shape)) if i not in inside]
+    return ids.transpose(outside + inside).reshape(
+        -1, int(np.prod([shape[i] for i in inside]))
+    )
+
+
+def pairs(attributes: str) -> np.ndarray:
+    """Who sends to whom in a `collective-permute`: rows of (source, target)."""
+    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
+    rows = re.findall(r"(\d+),(\d+)", found[1] if found else "")
+    return np.array(rows, int).reshape(-1, 2)
+
+
+def _ints(text: str | None) -> list[int]:
+    return [int(n) for n in text.split(",")] if text else []
