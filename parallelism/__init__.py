@@ -1,6 +1,17 @@
 """Meshes, and the ways to spread one model over many devices."""
 
 from .audit import Audit as Audit, audit as audit, Collective as Collective
+from .compression import (
+    average as average,
+    Compression as Compression,
+    float8 as float8,
+    PerDevice as PerDevice,
+    powersgd as powersgd,
+    random_k as random_k,
+    rounded as rounded,
+    state_specs as state_specs,
+    top_k as top_k,
+)
 from .data_parallel import (
     batch_sharding as batch_sharding,
     replicate as replicate,

@@ -24,6 +24,12 @@ _CALLED = re.compile(
     r"\b(calls|to_apply|body|true_computation|false_computation|branch_computations)"
     r"=(\{[^}]*\}|%?[\w.\-]+)"
 )
+# `mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'x'}`: a mesh's axes, how the devices
+# lie in it, where that is not in order, and the axes that a group spans.
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\]"
+    r"(?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}"
+)
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 # What an operand is reduced with; it is no code that runs as such.
 _REDUCES = (
@@ -165,6 +171,8 @@ def groups(attributes: str, devices: int) -> np.ndarray:
     Raises:
         ValueError: the groups are written in a way that is not known here.
     """
+    if found := _MESH_GROUPS.search(attributes):
+        return _mesh_groups(*found.groups())
     found = re.search(r"replica_groups=(\S.*?)(?:, [a-z_]+=|$)", attributes)
     text = found[1] if found else ""
     if text in ("", "{}"):
@@ -174,27 +182,28 @@ def groups(attributes: str, devices: int) -> np.ndarray:
         return np.array([[int(n) for n in row.split(",")] for row in rows])
     if iota := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?$", text):
         shape, of, order = (_ints(part) for part in iota.groups())
-        ids = np.arange(np.prod(of)).reshape(of)
-        return (ids.transpose(order) if order else ids).reshape(shape)
-    if named := re.match(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}$", text):
-        sizes = re.findall(r"'(\w+)'=(\d+)", named[1])
-        over = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[2])
-        return _mesh_groups([(n, int(s)) for n, s in sizes], over)
+        return _iota(of, order).reshape(shape)
     raise ValueError(f"replica_groups={text} is written in a way that is not known.")
 
 
+def _iota(shape: list[int], order: list[int]) -> np.ndarray:
+    ids = np.arange(np.prod(shape)).reshape(shape)
+    return ids.transpose(order) if order else ids
+
+
 def _mesh_groups(
-    sizes: list[tuple[str, int]], over: list[tuple[str, str, str]]
+    mesh: str, laid: str | None, order: str | None, named: str
 ) -> np.ndarray:
     # `'x':(2)4` is the part of axis x of size 4 after a first part of size 2.
+    over = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named)
     shape: list[int] = []
     inside: list[int] = []
-    for name, size in sizes:
+    for name, size in ((n, int(s)) for n, s in re.findall(r"'(\w+)'=(\d+)", mesh)):
         parts = [(int(pre or 1), int(n or size)) for x, pre, n in over if x == name]
         for pre, n in parts[:1] or [(size, 1)]:
             inside.append(len(shape) + 1)
             shape += [pre, n, size // (pre * n)]
-    ids = np.arange(np.prod(shape)).reshape(shape)
+    ids = _iota(_ints(laid) or shape, _ints(order)).reshape(shape)
     outside = [i for i in range(len(shape)) if i not in inside]
     return ids.transpose(outside + inside).reshape(
         -1, int(np.prod([shape[i] for i in inside]))

@@ -6,26 +6,36 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
+
+from jaxeff import parallelism
 from jaxeff.training.cli import option_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def blocks(language: str) -> list[tuple[int, str]]:
+def blocks(language: str, page: str = "README.md") -> list[tuple[int, str]]:
     """Line number and text of each fenced block of that language."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / page).read_text()
     found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
     return [(text[: m.start(1)].count("\n"), m[1]) for m in found]
 
 
-def test_the_python_of_the_readme_runs_in_order(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["README.md", "docs/parallelism.md"])
+def test_the_python_of_a_page_runs_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    snippets = blocks("python")
-    assert snippets, "README.md shows no Python"
-    namespace = {"__name__": "readme"}
+    snippets = blocks("python", page)
+    assert snippets, f"{page} shows no Python"
+    namespace = {"__name__": "page"}
     for line, snippet in snippets:
-        # Blank lines in front make a traceback name the README's own line.
-        exec(compile("\n" * line + snippet, ROOT / "README.md", "exec"), namespace)
+        # Blank lines in front make a traceback name the page's own line.
+        exec(compile("\n" * line + snippet, ROOT / page, "exec"), namespace)
+
+
+def test_the_schedules_of_the_page_are_those_that_are_printed():
+    shown = [text for _, text in blocks("text", "docs/parallelism.md")]
+    made = [parallelism.one_f_one_b(4, 6), parallelism.zero_bubble(4, 6)]
+    assert shown == [f"{schedule}\n" for schedule in made]
 
 
 def test_every_make_command_of_the_readme_exists():

@@ -4,6 +4,7 @@ The step is a pure function of (state, batch). Whatever a technique adds, it add
 to the loss or to the optimizer; the step knows no technique.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -11,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
+from jax.sharding import Mesh, PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from jaxeff.parallelism import state_specs
 from jaxeff.precision import all_finite
 from jaxeff.tree import combine, partition, Patterns, pytree
 
@@ -99,6 +102,7 @@ def make_train_step(
     *,
     trainable: Patterns = "**",
     view: Callable[[PyTree, PyTree], PyTree] | None = None,
+    per_device: Mesh | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """`step(state, batch) -> (state, metrics)`, jitted; the old state is donated.
 
@@ -113,6 +117,10 @@ def make_train_step(
         view: `view(params, opt_state) -> params`, what the loss sees of the weights
             that train; `grad` goes through it. `pruning.masked` shows what masks in
             the optimizer state leave.
+        per_device: a mesh; each device of its axis data computes the gradient of its
+            own part of the batch, draws its own random numbers, and leaves it to `tx`
+            to average (`parallelism.rounded`, `powersgd`, `average`). Statistics of a
+            batch are those of each device's part; metrics and updates are averaged.
 
     Returns:
         The step. Its metrics are `loss` and what the loss puts into `Aux`.
@@ -125,6 +133,8 @@ def make_train_step(
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         train, frozen = partition(state.params, trainable)
         key = jr.fold_in(state.key, state.step)
+        if per_device is not None:
+            key = jr.fold_in(key, jax.lax.axis_index("data"))
 
         def objective(train):
             seen = train if view is None else view(train, state.opt_state)
@@ -133,6 +143,8 @@ def make_train_step(
             return scaled, (value, aux)
 
         grads, (value, aux) = jax.grad(objective, has_aux=True)(train)
+        if per_device is not None:
+            value, aux = jax.lax.pmean((value, aux), "data")
         if state.scaler is not None:
             grads = state.scaler.unscale(grads)
         updates, opt_state = tx.update(grads, state.opt_state, train)
@@ -150,7 +162,37 @@ def make_train_step(
         new = TrainState(state.step + 1, params, opt_state, state.key, scaler)
         return new, metrics
 
+    if per_device is not None:
+        step = _spread(step, per_device)
     return jax.jit(step, donate_argnums=0)
+
+
+def _spread(step: Callable, mesh: Mesh) -> Callable:
+    """The step on each device's part of the batch."""
+
+    def spread(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        # By field: a `TrainState` of specs would be none of arrays.
+        names = [f.name for f in dataclasses.fields(state)]
+        parts = [getattr(state, name) for name in names]
+        specs = [P()] * len(names)
+        specs[names.index("opt_state")] = state_specs(state.opt_state)
+
+        def local(parts, batch):
+            new, metrics = step(TrainState(*parts), batch)
+            return [getattr(new, name) for name in names], metrics
+
+        run = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(specs, P("data")),
+            out_specs=(specs, P()),
+            axis_names={"data"},
+            check_vma=False,
+        )
+        parts, metrics = run(parts, batch)
+        return TrainState(*parts), metrics
+
+    return spread
 
 
 def _checked(result: Any) -> tuple[Float[Array, ""], Aux]:

@@ -139,6 +139,10 @@ def test_a_mesh_of_fewer_devices_is_an_error(mesh):
         ("channel_id=1, replica_groups=[2,2]<=[4], dimensions={0}", [[0, 1], [2, 3]]),
         ("replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%a", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['a'=2,'b'=2] {'a'}, to_apply=%a", [[0, 2], [1, 3]]),
+        (
+            "replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}, x=1",
+            [[0, 1], [2, 3]],
+        ),
         ("replica_groups=mesh['a'=4] {'a':(1)2}, to_apply=%a", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['a'=4] {'a':(2)2}, to_apply=%a", [[0, 1], [2, 3]]),
     ],

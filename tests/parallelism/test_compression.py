@@ -1,0 +1,251 @@
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxeff.data import Batch
+from jaxeff.parallelism import (
+    audit,
+    average,
+    batch_sharding,
+    float8,
+    make_mesh,
+    powersgd,
+    random_k,
+    replicate,
+    rounded,
+    state_specs,
+    top_k,
+)
+from jaxeff.training import Aux, init_state, make_train_step
+
+N = 8
+PARAMS = {"w": jnp.zeros((48, 40)), "b": jnp.zeros(40)}
+ALL = {
+    "average": average(devices=N),
+    "8 bits": rounded(8, devices=N, block=64),
+    "4 bits": rounded(4, devices=N, block=64),
+    "1 bit": rounded(1, devices=N, block=64),
+    "float8": float8(devices=N, block=64),
+    "top-k": top_k(0.05, devices=N),
+    "random-k": random_k(0.05, devices=N),
+    "powersgd": powersgd(2, devices=N),
+}
+each = pytest.mark.parametrize("tx", ALL.values(), ids=ALL)
+
+
+def compiled(tx, mesh):
+    """(gradients of all devices, state) -> (what each device gets, state)."""
+
+    def local(grads, state):
+        mean, state = tx.update(jax.tree.map(lambda g: g[0], grads), state)
+        return jax.tree.map(lambda g: g[None], mean), state
+
+    specs = state_specs(jax.eval_shape(tx.init, PARAMS))
+    return jax.jit(
+        jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(P("data"), specs),
+            out_specs=(P("data"), specs),
+            check_vma=False,
+        )
+    )
+
+
+def gradients(seed=0):
+    keys = jr.split(jr.key(seed), 2)
+    return {
+        "w": jr.normal(keys[0], (N, 48, 40)),
+        "b": jr.normal(keys[1], (N, 40)),
+    }
+
+
+@each
+def test_all_devices_get_the_same(tx):
+    got, _ = compiled(tx, make_mesh())(gradients(), tx.init(PARAMS))
+    for array in jax.tree.leaves(got):
+        assert (np.asarray(array) == np.asarray(array)[:1]).all()
+
+
+@each
+def test_what_is_sent_is_what_it_says(tx):
+    mesh = make_mesh()
+    program = compiled(tx, mesh).lower(gradients(), tx.init(PARAMS)).compile()
+    assert audit(program, mesh).sent == pytest.approx(tx.sent(PARAMS), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "fewer"),
+    [("8 bits", 3.7), ("4 bits", 7), ("1 bit", 20), ("random-k", 19), ("powersgd", 25)],
+)
+def test_how_much_less_is_sent(name, fewer):
+    params = {"w": jnp.zeros((512, 64))}
+    assert ALL["average"].sent(params) / ALL[name].sent(params) > fewer
+
+
+@each
+def test_nothing_is_lost_only_late(tx):
+    """What was handed out and what is still kept back make up all there was."""
+    run, state = compiled(tx, make_mesh()), tx.init(PARAMS)
+    handed_out = jax.tree.map(jnp.zeros_like, PARAMS)
+    steps = 4
+    for seed in range(steps):
+        got, state = run(gradients(seed), state)
+        handed_out = jax.tree.map(lambda a, g: a + g[0], handed_out, got)
+    total = jax.tree.map(
+        lambda *g: sum(g).mean(0), *(gradients(seed) for seed in range(steps))
+    )
+    missing = jax.flatten_util.ravel_pytree(
+        jax.tree.map(lambda a, b: a - b, total, handed_out)
+    )[0]
+    kept = kept_back(state, missing.size)
+    np.testing.assert_allclose(missing, kept, atol=1e-5)
+
+
+def kept_back(state, size):
+    """The mean over the devices of what the state says was not handed out yet."""
+    if isinstance(state, optax.EmptyState):
+        return np.zeros(size)
+    values = state.own.values
+    if isinstance(values, dict) and "there" in values:
+        there = values["there"].mean(0) + values["back"].reshape(-1)
+        return there[:size]
+    if isinstance(values, dict):  # a matrix's remainder, and none of the bias
+        means = {"b": jnp.zeros(40), "w": values["w"].mean(0)}
+        return jax.flatten_util.ravel_pytree(means)[0]
+    return values.mean(0)
+
+
+@pytest.mark.parametrize("name", ["average", "8 bits", "float8", "4 bits"])
+def test_one_message_is_near_the_mean(name):
+    tx, grads = ALL[name], gradients()
+    got, _ = compiled(tx, make_mesh())(grads, tx.init(PARAMS))
+    off = np.abs(got["w"][0] - grads["w"].mean(0)).max()
+    # Half a step of the largest number of a block, there and back.
+    steps = {"average": 1e-7, "8 bits": 1 / 127, "float8": 1 / 16, "4 bits": 1 / 7}
+    assert off <= steps[name] * np.abs(grads["w"]).max()
+
+
+def test_a_matrix_of_low_rank_arrives_as_it_is_after_two_steps():
+    tx = powersgd(2, devices=N)
+    low = jr.normal(jr.key(0), (48, 2)) @ jr.normal(jr.key(1), (2, 40))
+    grads = {"w": jnp.stack([low] * N), "b": jnp.zeros((N, 40))}
+    run, state = compiled(tx, make_mesh()), tx.init(PARAMS)
+    for _ in range(2):
+        got, state = run(grads, state)
+    np.testing.assert_allclose(got["w"][0], low, atol=1e-4)
+
+
+def loss(params, batch, key):
+    logits = jnp.tanh(batch.images @ params["w"]) @ params["v"]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    return losses.mean(), Aux({"accuracy": (logits.argmax(-1) == batch.labels).mean()})
+
+
+def problem():
+    keys = jr.split(jr.key(0), 3)
+    params = {
+        "w": jr.normal(keys[0], (32, 64)) / 6,
+        "v": jr.normal(keys[1], (64, 10)) / 8,
+    }
+    images = jr.normal(keys[2], (64, 32))
+    return params, Batch(images, (images[:, :10]).argmax(-1))
+
+
+def trained(tx, steps, per_device=None, mesh=None):
+    mesh = make_mesh() if mesh is None else mesh
+    params, batch = problem()
+    tx = optax.chain(tx, optax.sgd(0.5, momentum=0.9))
+    step = make_train_step(loss, tx, per_device=per_device)
+    state = init_state(params, tx, jr.key(0))
+    batch = jax.device_put(batch, batch_sharding(mesh))
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+        # Devices that are threads of few cores can't run many steps at a time.
+        jax.block_until_ready(metrics)
+    return state, metrics
+
+
+def test_the_step_on_each_device_is_the_step_on_all():
+    mesh = make_mesh()
+    one, of_one = trained(optax.identity(), 5)
+    many, of_many = trained(average(devices=N), 5, per_device=mesh)
+    for a, b in zip(*map(jax.tree.leaves, (one.params, many.params)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(of_one["loss"], of_many["loss"], rtol=1e-5)
+    np.testing.assert_allclose(of_one["accuracy"], of_many["accuracy"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in ALL if n != "average"])
+def test_it_trains_nearly_as_with_the_whole_gradient(name):
+    mesh = make_mesh()
+    whole = trained(average(devices=N), 60, per_device=mesh)[1]["loss"]
+    params, batch = problem()
+    start = loss(params, batch, None)[0]
+    got = trained(ALL[name], 60, per_device=mesh)[1]["loss"]
+    assert whole < 0.2 * start and got < 0.35 * start
+
+
+@pytest.mark.slow
+def test_with_another_axis_it_is_the_same():
+    mesh = make_mesh(tensor=2)
+    tx = rounded(8, devices=4, block=64)
+    got = trained(tx, 3, per_device=mesh, mesh=mesh)[0]
+    small = make_mesh(devices=jax.devices()[:4])
+    want = trained(tx, 3, per_device=small, mesh=small)[0]
+    for a, b in zip(*map(jax.tree.leaves, (got.params, want.params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_each_device_draws_its_own_numbers():
+    mesh, tx = make_mesh(), average(devices=N)
+
+    def noisy(params, batch, key):
+        return (params["w"] * jr.normal(key, params["w"].shape)).sum(), Aux()
+
+    params = {"w": jnp.zeros(16)}
+    tx = optax.chain(tx, optax.sgd(1.0))
+    step = make_train_step(noisy, tx, per_device=mesh)
+    state, _ = step(init_state(params, tx, jr.key(0)), {"x": jnp.zeros(8)})
+    draws = [
+        jr.normal(jr.fold_in(jr.fold_in(jr.key(0), 0), i), (16,)) for i in range(8)
+    ]
+    np.testing.assert_allclose(state.params["w"], -sum(draws) / 8, atol=1e-6)
+
+
+def test_a_state_goes_through_a_mesh_and_back():
+    tx = rounded(8, devices=N, block=64)
+    state = replicate(tx.init(PARAMS), make_mesh())
+    assert state.own.values["there"].shape[0] == N
+    specs = state_specs(state)
+    assert specs.own == P("data") and specs.step == P()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: rounded(3, devices=8), "8, 4 or 1 bits .* got 3 bits"),
+        (
+            lambda: rounded(8, devices=8, block=12),
+            "multiple of 8, got 8 bits in blocks of 12",
+        ),
+        (lambda: rounded(8, devices=0), "got devices=0"),
+        (lambda: top_k(0.0, devices=8), r"in \(0, 1\], got 0.0"),
+        (lambda: random_k(1.5, devices=8), r"in \(0, 1\], got 1.5"),
+        (lambda: powersgd(0, devices=8), "got rank=0"),
+    ],
+)
+def test_what_makes_no_message_is_an_error(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_an_axis_of_another_size_is_an_error():
+    mesh = make_mesh(devices=jax.devices()[:4])
+    with pytest.raises(ValueError, match="made for 8 devices, but the axis data has 4"):
+        trained(rounded(8, devices=8), 1, per_device=mesh, mesh=mesh)
