@@ -17,6 +17,7 @@ from .data_parallel import (
     replicate as replicate,
     shard_batch as shard_batch,
 )
+from .experts import Mixed as Mixed, mixture_of_experts as mixture_of_experts
 from .mesh import make_mesh as make_mesh
 from .pipeline import (
     key_of as key_of,
@@ -36,4 +37,8 @@ from .schedules import (
     Op as Op,
     Schedule as Schedule,
     zero_bubble as zero_bubble,
+)
+from .sequence import (
+    all_to_all_attention as all_to_all_attention,
+    ring_attention as ring_attention,
 )

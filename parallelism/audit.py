@@ -10,7 +10,9 @@ Source of the bytes that a device has to send at least: Chan et al. 2007, "Colle
 communication: theory, practice, and experience", section 3, doi:10.1002/cpe.1206.
 """
 
+import collections
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
@@ -178,13 +180,20 @@ def audit(compiled: HasText, mesh: Mesh) -> Audit:
 
 def _collectives(module: hlo.Module, mesh: Mesh) -> Iterator[Collective]:
     overlapping = _overlapping(module)
+    # A TPU's asynchronous collective stands in the fusion that starts it, in those that
+    # compute meanwhile, and in the one that waits for it, under the same number.
+    chains = collections.Counter(filter(None, map(_chain, module.by_name.values())))
     started: set[str] = set()
+    seen: set[str] = set()
     for i, inside, times, certain in module.walk():
         if i.name in overlapping:
-            started |= {name for name, _, _ in i.calls()}
+            started |= {name for _, name in i.calls()}
         kind = i.opcode.removesuffix("-start")
-        if kind not in KINDS:
+        chain = _chain(i)
+        if kind not in KINDS or chain in seen:
             continue
+        if chain:
+            seen.add(chain)
         held = sum(module.by_name[name].bytes for name in i.operands)
         if kind == "collective-permute":
             exchanged = hlo.pairs(i.attributes)
@@ -203,9 +212,15 @@ def _collectives(module: hlo.Module, mesh: Mesh) -> Iterator[Collective]:
             bytes=held * (group if kind == "all-gather" else 1),
             count=times,
             certain=certain,
-            overlaps=i.name in overlapping or inside in started,
+            overlaps=i.name in overlapping or inside in started or chains[chain] > 2,
             op_name=i.op_name,
         )
+
+
+def _chain(i: hlo.Instruction) -> str:
+    """The number of an asynchronous collective of a TPU, or nothing."""
+    found = re.search(r'chain_id="(\d+)"', i.attributes)
+    return found[1] if found else ""
 
 
 def _axes_of(exchanged: np.ndarray, mesh: Mesh, whole: bool) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ class Instruction:
     type: str
     opcode: str
     operands: tuple[str, ...]
+    arguments: str  # as written: the value of a constant
     attributes: str
 
     @property
@@ -63,17 +64,13 @@ class Instruction:
         """Size of the result."""
         return sum(_bytes(*found) for found in _ARRAY.findall(self.type))
 
-    def calls(self) -> Iterator[tuple[str, int | None, bool]]:
-        """The computations it runs: name, how often (None: unknown), if for certain."""
+    def calls(self) -> Iterator[tuple[str, str]]:
+        """The computations it runs: as what (`body`, `calls`), and the name."""
         if self.opcode.removesuffix("-start") in _REDUCES:
             return
         for what, names in _CALLED.findall(self.attributes):
-            times: int | None = 1
-            if what == "body":
-                trips = _TRIPS.search(self.attributes)
-                times = int(trips[1]) if trips else None
             for name in re.findall(r"[\w.\-]+", names):
-                yield name, times, not what.endswith(("computation", "computations"))
+                yield what, name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,13 +98,56 @@ class Module:
         def visit(name, times, certain):
             for i in self.computations[name]:
                 yield i, name, times, certain
-                for called, often, always in i.calls():
+                for what, called in i.calls():
+                    often = self.trips(i) if what == "body" else 1
+                    always = not what.endswith(("computation", "computations"))
                     known = certain and always and often is not None
                     yield from visit(
                         called, times * (1 if often is None else often), known
                     )
 
         return visit(self.entry, 1, True)
+
+    def trips(self, loop: Instruction) -> int | None:
+        """How often a `while` runs its body; None if the text does not tell.
+
+        XLA notes it on some platforms. Elsewhere it is found where a counter goes from
+        one constant to another by a third.
+        """
+        if found := _TRIPS.search(loop.attributes):
+            return int(found[1])
+        parts = {
+            w: n
+            for w, n in re.findall(r"(condition|body)=%?([\w.\-]+)", loop.attributes)
+        }
+        test = self.computations[parts["condition"]][-1]
+        if test.opcode != "compare" or "direction=LT" not in test.attributes:
+            return None
+        counter = self.by_name[test.operands[0]]
+        at = re.search(r"index=(\d+)", counter.attributes)
+        end = self._constant(test.operands[1])
+        if counter.opcode != "get-tuple-element" or at is None or end is None:
+            return None
+        place = int(at[1])
+        before = self.by_name[loop.operands[0]]
+        after = self.computations[parts["body"]][-1]
+        if before.opcode != "tuple" or after.opcode != "tuple":
+            return None
+        start = self._constant(before.operands[place])
+        add = self.by_name[after.operands[place]]
+        steps = [self._constant(name) for name in add.operands]
+        step = next((n for n in steps if n is not None), None)
+        if add.opcode != "add" or start is None or step is None or step < 1:
+            return None
+        return max(0, -((start - end) // step))
+
+    def _constant(self, name: str) -> int | None:
+        """The integer that an instruction is, directly or as a copy."""
+        i = self.by_name[name]
+        while i.opcode in ("copy", "bitcast") and i.operands:
+            i = self.by_name[i.operands[0]]
+        is_one = i.opcode == "constant" and re.fullmatch(r"-?\d+", i.arguments)
+        return int(i.arguments) if is_one else None
 
 
 def read(text: str) -> Module:
@@ -139,8 +179,9 @@ def _instruction(name: str, rest: str) -> Instruction:
     kind, rest = rest[:end], rest[end:].lstrip()
     opening = rest.index("(")
     closing = _closing(rest, opening)
-    operands = tuple(_NAME.findall(rest[opening:closing]))
-    return Instruction(name, kind, rest[:opening], operands, rest[closing:])
+    arguments = rest[opening + 1 : closing - 1]
+    operands = tuple(_NAME.findall(arguments))
+    return Instruction(name, kind, rest[:opening], operands, arguments, rest[closing:])
 
 
 def _closing(text: str, start: int) -> int:

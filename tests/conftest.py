@@ -82,6 +82,18 @@ def data_dir():
     return data_dir
 
 
+@pytest.fixture(scope="session")
+def tpus():
+    """`tpus("v5e:2x4")` are the devices of TPUs that are not there, to compile for."""
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: jaxeff[tpu]")
+    from jax.experimental import topologies
+
+    def tpus(name: str):
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+
+    return tpus
+
+
 @pytest.fixture
 def normal(request):
     """`normal(*shape)` is a fresh standard normal float32 array at each call.

@@ -14,8 +14,7 @@ def mesh():
     return make_mesh(data=2, tensor=4)
 
 
-@pytest.fixture(scope="module")
-def blocks(mesh):
+def compiled_blocks(mesh, dtype=jnp.float32):
     """Gradients of stacked MLP blocks, split as Megatron splits them."""
 
     def loss(w, x):
@@ -23,14 +22,19 @@ def blocks(mesh):
         return (jax.lax.scan(block, x, w)[0] ** 2).mean()
 
     shape = lambda s, *spec: jax.ShapeDtypeStruct(
-        s, jnp.float32, sharding=NamedSharding(mesh, P(*spec))
+        s, dtype, sharding=NamedSharding(mesh, P(*spec))
     )
     w = (
         shape((LAYERS, WIDTH, HIDDEN), None, None, "tensor"),
         shape((LAYERS, HIDDEN, WIDTH), None, "tensor"),
     )
     x = shape((BATCH, WIDTH), "data")
-    return audit(jax.jit(jax.value_and_grad(loss)).lower(w, x).compile(), mesh)
+    return jax.jit(jax.value_and_grad(loss)).lower(w, x).compile()
+
+
+@pytest.fixture(scope="module")
+def blocks(mesh):
+    return audit(compiled_blocks(mesh), mesh)
 
 
 def test_a_block_split_in_two_products_reduces_once_each_way(blocks):
@@ -192,3 +196,92 @@ def test_what_is_computed_between_start_and_end_hides_it():
 def test_a_text_without_an_entry_is_an_error():
     with pytest.raises(ValueError, match="has an ENTRY"):
         hlo.read("jaxpr")
+
+
+LOOP = """HloModule m
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[]{:T(128)}, f32[8]{0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %two = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%i, %two)
+  %y = f32[8]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%add
+  ROOT %out = (s32[], f32[8]) tuple(%next, %y)
+}
+
+%test (q: (s32[], f32[8])) -> pred[] {
+  %q = (s32[]{:T(128)}, f32[8]{0}) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%q), index=0
+  %end = s32[]{:T(128)} constant(END)
+  ROOT %lt = pred[] compare(%j, %end), direction=LT
+}
+
+ENTRY %main (z: f32[8]) -> f32[8] {
+  %z = f32[8]{0} parameter(0)
+  %zero = s32[]{:T(128)} constant(1)
+  %start = s32[]{:T(128)} copy(%zero)
+  %first = (s32[], f32[8]) tuple(%start, %z)
+  %loop = (s32[], f32[8]) while(%first), condition=%test, body=%body
+  ROOT %r = f32[8]{0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "count", "certain"),
+    [("7", 3, True), ("8", 4, True), ("1", 0, True), ("unknown", 1, False)],
+)
+def test_the_length_of_a_loop_is_found_where_it_is_not_noted(end, count, certain):
+    class Loop:
+        def as_text(self):
+            return LOOP.replace("END", end)
+
+    (only,) = audit(Loop(), make_mesh(devices=jax.devices()[:2])).collectives
+    assert (only.count, only.certain) == (count, certain)
+
+
+CHAIN = """HloModule m
+
+%start (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %g1 = f32[16]{0} all-gather(%a), replica_groups={{0,1}}, frontend_attributes={chain_id="0"}
+}
+
+%meanwhile (b: f32[8]) -> f32[8] {
+  %b = f32[8]{0} parameter(0)
+  ROOT %g2 = f32[16]{0} all-gather(%b), replica_groups={{0,1}}, frontend_attributes={chain_id="0"}
+}
+
+%done (c: f32[8]) -> f32[8] {
+  %c = f32[8]{0} parameter(0)
+  ROOT %g3 = f32[16]{0} all-gather(%c), replica_groups={{0,1}}, frontend_attributes={chain_id="0"}
+}
+
+ENTRY %main (z: f32[8]) -> f32[16] {
+  %z = f32[8]{0} parameter(0)
+  %f1 = f32[16]{0} fusion(%z), kind=kCustom, calls=%start
+  %f2 = f32[16]{0} fusion(%z), kind=kCustom, calls=%meanwhile
+  ROOT %f3 = f32[16]{0} fusion(%z), kind=kCustom, calls=%done
+}
+"""  # noqa: E501
+
+
+def test_what_stands_in_several_fusions_is_sent_once():
+    class Chain:
+        def as_text(self):
+            return CHAIN
+
+    (only,) = audit(Chain(), make_mesh(devices=jax.devices()[:2])).collectives
+    assert (only.kind, only.bytes, only.overlaps) == ("all-gather", 16 * 4, True)
+
+
+def test_a_program_for_tpus_is_read_as_one_for_cpus(tpus):
+    mesh = make_mesh(data=2, tensor=4, devices=tpus("v5e:2x4"))
+    found = audit(compiled_blocks(mesh, jnp.bfloat16), mesh)
+    blocks = found.of("all-reduce", "tensor")
+    assert blocks.count == 2 * LAYERS
+    assert blocks.bytes == 2 * LAYERS * BATCH // 2 * WIDTH * 2
+    gradients = 2 * LAYERS * WIDTH * HIDDEN * 2 // 4
+    assert found.of("all-reduce", "data").bytes == gradients + 4
+    assert all(c.certain for c in found.collectives)

@@ -83,13 +83,9 @@ def test_what_does_not_fit_is_said(case, why):
     assert why in kernels.unfit(*case)
 
 
-@pytest.fixture(scope="module")
-def tpu():
-    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: jaxeff[tpu]")
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+@pytest.fixture
+def tpu(tpus):
+    return jax.sharding.SingleDeviceSharding(tpus("v5e:2x2")[0])
 
 
 @pytest.mark.parametrize("rows", [1, 300])

@@ -1,0 +1,188 @@
+"""Attention over sequences that no device holds whole, for use inside of `shard_map`.
+
+Every device of the axis has the same number of positions, in order. Two ways, both
+exact:
+
+    ring_attention      keys and values go around the ring, a message to the neighbour
+                        while the block at hand is computed; any number of heads
+    all_to_all_attention  (Ulysses) swaps positions for heads, attends, and swaps back;
+                        fewer bytes, but heads have to divide among the devices
+
+Sources: Liu et al. 2023, arXiv:2310.01889 (ring attention); Dao et al. 2022,
+arXiv:2205.14135 (the block's softmax and its gradient); Jacobs et al. 2023,
+arXiv:2309.14509 (Ulysses).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Finite, so that a row whose keys so far are all masked gives no nan.
+_NEVER = -1e30
+
+
+def ring_attention(
+    q: Float[Array, "b s h d"],
+    k: Float[Array, "b s kv d"],
+    v: Float[Array, "b s kv d"],
+    axis: str,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+) -> Float[Array, "b s h d"]:
+    """Attention of this device's queries to the keys of all devices.
+
+    Memory is that of one block of scores, in the backward too, which computes them
+    again. With `causal`, a device has nothing to compute while the keys at hand come
+    after its queries; the last device never waits.
+
+    Args:
+        q: queries at this device's positions.
+        k, v: keys and values there; each head of them serves h / kv heads of queries.
+        axis: of the mesh, whose devices share the positions.
+        causal: each position attends to itself and to those before it.
+        scale: of the scores; d ** -0.5 by default.
+
+    Raises:
+        ValueError: the heads of the queries are no multiple of those of the keys.
+    """
+    b, s, h, d = q.shape
+    if h % k.shape[2]:
+        raise ValueError(
+            f"each head of keys serves as many of queries, but {h} is no multiple of "
+            f"{k.shape[2]}."
+        )
+    grouped = q.reshape(b, s, k.shape[2], -1, d)
+    scale = d**-0.5 if scale is None else scale
+    return _ring(grouped, k, v, axis, causal, scale).reshape(b, s, h, d)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _ring(q: Any, k: Any, v: Any, axis: str, causal: bool, scale: float) -> Any:
+    return _forward(q, k, v, axis, causal, scale)[0]
+
+
+def _forward(q: Any, k: Any, v: Any, axis: str, causal: bool, scale: float) -> Any:
+    n, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    b, s, kv, g, d = q.shape
+    rows = (b, kv, g, s)
+
+    def attend(of, k, v, state):
+        best, total, out = state
+        scores = _scores(q, k, me, of, causal, scale)
+        new = jnp.maximum(best, scores.max(-1))
+        p = jnp.exp(scores - new[..., None])
+        shrink = jnp.exp(best - new)
+        product = jnp.einsum("bkgqt,btkd->bkgqd", p, v.astype(jnp.float32))
+        return (
+            new,
+            total * shrink + p.sum(-1),
+            out * shrink[..., None] + product,
+        )
+
+    def step(t, carry):
+        k, v, state = carry
+        k, v = _on((k, v), axis, n)
+        of = (me - t) % n
+        return k, v, _unless(causal & (of > me), attend, of, k, v, state)
+
+    zero = jnp.zeros(rows, jnp.float32)
+    # Its own block first: there every row has a key, so no maximum stays at the start.
+    state = attend(me, k, v, (zero + _NEVER, zero, jnp.zeros((*rows, d), jnp.float32)))
+    *_, (best, total, out) = jax.lax.fori_loop(1, n, step, (k, v, state))
+    out = out / total[..., None]
+    result = out.transpose(0, 3, 1, 2, 4).astype(q.dtype)
+    return result, (q, k, v, result, best + jnp.log(total))
+
+
+def _backward(axis: str, causal: bool, scale: float, kept: Any, g: Any) -> Any:
+    q, k, v, result, norm = kept
+    n, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    g32 = g.astype(jnp.float32)
+    # What the softmax takes off each row's gradient.
+    inner = (g32 * result.astype(jnp.float32)).sum(-1).transpose(0, 2, 3, 1)
+
+    def give(of, k, v, state):
+        dq, dk, dv = state
+        p = jnp.exp(_scores(q, k, me, of, causal, scale) - norm[..., None])
+        dv += jnp.einsum("bkgqt,bqkgd->btkd", p, g32)
+        dp = jnp.einsum("bqkgd,btkd->bkgqt", g32, v.astype(jnp.float32))
+        ds = p * (dp - inner[..., None]) * scale
+        dq += jnp.einsum("bkgqt,btkd->bqkgd", ds, k.astype(jnp.float32))
+        dk += jnp.einsum("bkgqt,bqkgd->btkd", ds, q.astype(jnp.float32))
+        return dq, dk, dv
+
+    def step(t, carry):
+        k, v, dq, dk, dv = carry
+        k, v, dk, dv = _on((k, v, dk, dv), axis, n)
+        of = (me - t) % n
+        dq, dk, dv = _unless(causal & (of > me), give, of, k, v, (dq, dk, dv))
+        return k, v, dq, dk, dv
+
+    zero = lambda x: jnp.zeros(x.shape, jnp.float32)
+    dq, dk, dv = give(me, k, v, (zero(q), zero(k), zero(v)))
+    _, _, dq, dk, dv = jax.lax.fori_loop(1, n, step, (k, v, dq, dk, dv))
+    # One more hop, and the gradients are where their keys are.
+    dk, dv = _on((dk, dv), axis, n)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+_ring.defvjp(_forward, _backward)
+
+
+def _scores(q: Any, k: Any, me: Any, of: Any, causal: bool, scale: float) -> Any:
+    """Scores of this device's queries with the keys of device `of`."""
+    scores = jnp.einsum("bqkgd,btkd->bkgqt", q, k, preferred_element_type=jnp.float32)
+    if not causal:
+        return scores * scale
+    s = q.shape[1]
+    at, to = me * s + jnp.arange(s), of * s + jnp.arange(s)
+    seen = (at[:, None] >= to[None, :])[None, None, None]
+    return jnp.where(seen, scores * scale, _NEVER)
+
+
+def _on(tree: Any, axis: str, n: int) -> Any:
+    """Everything to the next device of the ring."""
+    ring = [(i, (i + 1) % n) for i in range(n)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, ring), tree)
+
+
+def _unless(skip: Any, run: Callable, of: Any, k: Any, v: Any, state: Any) -> Any:
+    if skip is False:
+        return run(of, k, v, state)
+    return jax.lax.cond(skip, lambda of, k, v, state: state, run, of, k, v, state)
+
+
+def all_to_all_attention(
+    q: Float[Array, "b s h d"],
+    k: Float[Array, "b s kv d"],
+    v: Float[Array, "b s kv d"],
+    axis: str,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    attention: Callable[..., Any] = jax.nn.dot_product_attention,
+) -> Float[Array, "b s h d"]:
+    """The same, with all positions and a part of the heads on each device in between.
+
+    Args:
+        q, k, v, axis, causal, scale: as of `ring_attention`.
+        attention: `attention(q, k, v, is_causal=..., scale=...)` on whole sequences.
+
+    Raises:
+        ValueError: the heads do not divide among the devices.
+    """
+    n = jax.lax.axis_size(axis)
+    if q.shape[2] % n or k.shape[2] % n:
+        raise ValueError(
+            f"every device takes as many heads, but {q.shape[2]} heads of queries and "
+            f"{k.shape[2]} of keys do not both divide by the {n} devices of {axis}. "
+            "Take ring_attention, or fewer devices."
+        )
+    heads = lambda x: jax.lax.all_to_all(x, axis, 2, 1, tiled=True)
+    out = attention(heads(q), heads(k), heads(v), is_causal=causal, scale=scale)
+    return jax.lax.all_to_all(out, axis, 1, 2, tiled=True)
