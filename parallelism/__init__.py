@@ -42,3 +42,10 @@ from .sequence import (
     all_to_all_attention as all_to_all_attention,
     ring_attention as ring_attention,
 )
+from .tensor import (
+    place as place,
+    plan_tensor as plan_tensor,
+    shard as shard,
+    Split as Split,
+    TensorPlan as TensorPlan,
+)

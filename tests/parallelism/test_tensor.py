@@ -1,0 +1,223 @@
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxeff import tree
+from jaxeff.models import build, UNet
+from jaxeff.parallelism import (
+    audit,
+    batch_sharding,
+    make_mesh,
+    place,
+    plan_tensor,
+    shard,
+)
+
+WORDS = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4}
+GROUPED = {**WORDS, "n_kv_heads": 2, "hidden": 64}
+tokens = lambda: jnp.arange(64).reshape(4, 16) % 64
+images = lambda: jr.normal(jr.key(1), (4, 32, 32, 3))
+MODELS = {
+    "gpt": (lambda: build("gpt", **WORDS), tokens),
+    "bert": (lambda: build("bert", **WORDS), tokens),
+    "llama": (lambda: build("llama", **GROUPED), tokens),
+    "llama scanned": (lambda: build("llama", **GROUPED, scan=True), tokens),
+    "vit": (lambda: build("vit", d_model=32, n_heads=4, n_layers=2), images),
+    "resnet20": (lambda: build("resnet20"), images),
+    "mobilenet": (lambda: build("mobilenet"), images),
+    "unet": (lambda: UNet(), images),
+}
+SLOW = {
+    f"{test}[{name}]"
+    for test in (
+        "test_the_sharded_model_computes_the_same_and_sends_what_the_plan_says",
+        "test_gradients_are_those_of_one_device",
+    )
+    for name in ("llama scanned", "vit", "resnet20", "mobilenet", "unet")
+}
+each = pytest.mark.parametrize("name", MODELS)
+
+
+def problem(name):
+    make, data = MODELS[name]
+    model, x = make(), data()
+    return model.apply, jax.jit(model.init)(jr.key(0), x), x
+
+
+def near(got, want, rel=1e-5):
+    most = max(np.abs(a).max() for a in jax.tree.leaves(want))
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rel, atol=rel * most)
+
+
+@each
+def test_the_sharded_model_computes_the_same_and_sends_what_the_plan_says(name):
+    fn, params, x = problem(name)
+    mesh = make_mesh(tensor=2, data=1, devices=jax.devices()[:2])
+    plan = plan_tensor(fn, params, x, devices=2)
+    placed = place(params, plan, mesh)
+    compiled = jax.jit(fn).lower(placed, x).compile()
+    near(compiled(placed, x), fn(params, x))
+    found = audit(compiled, mesh)
+    # Also of logits that nobody has asked to be whole, nothing is gathered.
+    assert found.of("all-reduce", "tensor").bytes == found.bytes == plan.forward
+
+
+@each
+def test_gradients_are_those_of_one_device(name):
+    fn, params, x = problem(name)
+    # And 4 parts of the batch, where XLA can: it gets depthwise kernels wrong.
+    data = 1 if name == "mobilenet" else 4
+    mesh = make_mesh(tensor=2, data=data, devices=jax.devices()[: 2 * data])
+    of_fn, placed = shard(fn, params, x, mesh=mesh)
+    loss = lambda fn: lambda params, x: jnp.sin(fn(params, x)).mean()
+    spread = jax.device_put(x, batch_sharding(mesh, len(x)))
+    got = jax.jit(jax.value_and_grad(loss(of_fn), allow_int=True))(placed, spread)
+    want = jax.jit(jax.value_and_grad(loss(fn), allow_int=True))(params, x)
+    near(got, want)
+
+
+# What Megatron splits: columns of the first kernels of a block, with their biases, and
+# rows of the second; the vocabulary.
+COLUMNS, ROWS, VECTOR = P(None, "tensor"), P("tensor", None), P("tensor")
+BY_HAND = {
+    "gpt": {
+        "params/embed/embedding": ROWS,
+        "params/layer_*/attn/{q,k,v}/kernel": COLUMNS,
+        "params/layer_*/attn/{q,k,v}/bias": VECTOR,
+        "params/layer_*/attn/o/kernel": ROWS,
+        "params/layer_*/up/kernel": COLUMNS,
+        "params/layer_*/up/bias": VECTOR,
+        "params/layer_*/down/kernel": ROWS,
+    },
+    "llama": {
+        "params/embed/embedding": ROWS,
+        "params/head/kernel": COLUMNS,
+        "params/layer_*/attn/{q,k,v}/kernel": COLUMNS,
+        "params/layer_*/attn/o/kernel": ROWS,
+        "params/layer_*/{gate,up}/kernel": COLUMNS,
+        "params/layer_*/down/kernel": ROWS,
+    },
+    "bert": {
+        "params/embed/embedding": ROWS,
+        "params/bias": VECTOR,
+        "params/layer_*/attn/{query,key,value}/kernel": P(None, "tensor", None),
+        "params/layer_*/attn/{query,key,value}/bias": ROWS,
+        "params/layer_*/attn/out/kernel": P("tensor", None, None),
+        "params/layer_*/up/kernel": COLUMNS,
+        "params/layer_*/up/bias": VECTOR,
+        "params/layer_*/down/kernel": ROWS,
+    },
+    "vit": {
+        "params/head/kernel": COLUMNS,
+        "params/head/bias": VECTOR,
+        "params/layer_*/attn/{query,key,value}/kernel": P(None, "tensor", None),
+        "params/layer_*/attn/{query,key,value}/bias": ROWS,
+        "params/layer_*/attn/out/kernel": P("tensor", None, None),
+        "params/layer_*/up/kernel": COLUMNS,
+        "params/layer_*/up/bias": VECTOR,
+        "params/layer_*/down/kernel": ROWS,
+    },
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_it_is_the_plan_that_was_written_by_hand(name):
+    fn, params, x = problem(name)
+    # In models so small the tables of positions are as large as that of the words.
+    plan = plan_tensor(fn, params, x[:1], devices=2, whole=POSITIONS.get(name, ()))
+    want = {}
+    for pattern, spec in BY_HAND[name].items():
+        want |= dict.fromkeys(tree.match(pattern, tree.paths(params)), spec)
+    split = {path: spec for path, spec in plan.specs.items() if any(spec)}
+    assert split == want
+
+
+POSITIONS = {
+    "gpt": "params/position/embedding",
+    "bert": "params/{position,type}/embedding",
+}
+
+
+def test_a_large_table_of_few_positions_stays_whole():
+    model = build("gpt", **{**WORDS, "vocab_size": 4096}, max_len=32)
+    params = jax.eval_shape(model.init, jr.key(0), tokens())
+    plan = plan_tensor(model.apply, params, tokens(), devices=2)
+    assert not any(plan.specs["params/position/embedding"])
+    assert "stores little, and is in no product" in str(plan)
+
+
+def test_a_block_sends_one_activation_each_way_for_each_half():
+    fn, params, x = problem("gpt")
+    plan = plan_tensor(fn, params, x, devices=2)
+    activation = x.size * WORDS["d_model"] * 4
+    of = lambda path: next(s for s in plan.chosen if (path, 1) in s.members)
+    for path in ("params/layer_0/attn/q/kernel", "params/layer_1/up/kernel"):
+        assert (of(path).forward, of(path).backward) == (activation, activation)
+
+
+def test_weights_can_be_kept_whole():
+    fn, params, x = problem("gpt")
+    plan = plan_tensor(fn, params, x, devices=2, whole="params/layer_0/**")
+    split = [path for path, spec in plan.specs.items() if any(spec)]
+    assert split and not any("layer_0" in path for path in split)
+    with pytest.raises(ValueError, match="matches none of the"):
+        plan_tensor(fn, params, x, devices=2, whole="params/nothing/**")
+
+
+def test_heads_that_do_not_divide_stay_whole_and_the_rest_is_split():
+    fn, params, x = problem("gpt")
+    plan = plan_tensor(fn, params, x, devices=8)
+    assert not any(plan.specs["params/layer_0/attn/q/kernel"])
+    assert plan.specs["params/layer_0/up/kernel"] == COLUMNS
+    assert "4 does not divide by 8" in str(plan)
+
+
+def test_where_nothing_can_be_split_it_says_why():
+    fn, params, x = problem("gpt")
+    with pytest.raises(ValueError, match="among 7 devices(.|\n)* not divide by 7"):
+        plan_tensor(fn, params, x, devices=7)
+
+
+def test_a_fused_kernel_is_left_whole_rather_than_cut_across():
+    def fn(w, x):
+        q, k, v = jnp.split(x @ w["qkv"], 3, -1)
+        return jax.nn.relu(q * k + v) @ w["out"]
+
+    params = {"qkv": jnp.ones((8, 24)), "out": jnp.ones((8, 6))}
+    plan = plan_tensor(fn, params, jnp.ones((2, 8)), devices=2)
+    assert plan.specs["qkv"][1] is None
+    assert "not in one piece on each device" in str(plan)
+
+
+def test_what_goes_along_a_dim_keeps_it_whole():
+    def fn(w, x):
+        return jnp.cumsum(x @ w["in"], -1) @ w["out"]
+
+    params = {"in": jnp.ones((8, 12)), "out": jnp.ones((12, 6))}
+    plan = plan_tensor(fn, params, jnp.ones((2, 8)), devices=2)
+    assert plan.specs["in"][1] is None and plan.specs["out"] == COLUMNS
+    assert "`cumsum` goes along it" in str(plan)
+
+
+def test_what_xla_would_compute_wrongly_is_an_error():
+    fn, params, x = problem("mobilenet")
+    with pytest.raises(ValueError, match="shared over data, XLA gets the gradient"):
+        shard(fn, params, x, mesh=make_mesh(tensor=2))
+
+
+def test_one_device_holds_all():
+    fn, params, x = problem("gpt")
+    of_fn, placed = shard(fn, params, x, mesh=make_mesh())
+    assert of_fn is fn
+    assert all(a.sharding.is_fully_replicated for a in jax.tree.leaves(placed))
+
+
+def test_shapes_are_enough():
+    model = build("llama", **GROUPED, scan=True)
+    params = jax.eval_shape(model.init, jr.key(0), tokens())
+    plan = plan_tensor(model.apply, params, tokens(), devices=2)
+    assert plan.specs["params/layers/down/kernel"] == P(None, "tensor", None)
