@@ -1,5 +1,6 @@
 """The package holds what the folders hold, and is typed, in a wheel as on disk."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -48,3 +49,11 @@ def test_a_wheel_holds_every_module_as_a_real_file(tmp_path):
         if file.is_file() and "__pycache__" not in file.parts
     }
     assert held == {name: file.read_bytes() for name, file in sources.items()}
+
+
+def test_types_are_checked_in_every_package_but_the_one_that_says_why():
+    options = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"--jaxtyping-packages=([\w.,]+)", options)[1].split(",")
+    parts = {path.stem for path in (ROOT / "jaxeff").iterdir()}
+    parts -= {"__init__", "__pycache__", "program"}
+    assert {f"jaxeff.{name}" for name in parts} <= set(listed)
