@@ -3,9 +3,11 @@
 from .audit import Audit as Audit, audit as audit, Collective as Collective
 from .compression import (
     average as average,
+    averages as averages,
     Compression as Compression,
     float8 as float8,
     PerDevice as PerDevice,
+    place_state as place_state,
     powersgd as powersgd,
     random_k as random_k,
     rounded as rounded,

@@ -5,7 +5,8 @@
 
 They run inside of `shard_map`, where every device holds the gradient of its own part of
 the batch, and return the mean over the axis, the same on all. What a message leaves out
-is added to the next gradient (error feedback), so nothing is lost, only late. These
+is added to the next gradient (error feedback), so nothing is lost, only late (but for
+the rounding of a result to the dtype of the gradient). These
 remainders differ between devices: they are `PerDevice` in the state. `tx.sent(params)`
 says how many bytes a device sends in a step.
 
@@ -24,10 +25,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 from jax.flatten_util import ravel_pytree
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from jaxeff.tree import pytree
+
+from .data_parallel import replicate
 
 
 @pytree
@@ -66,6 +69,24 @@ class _State(NamedTuple):
     own: PerDevice
 
 
+class _Averaged(NamedTuple):
+    """The state of what averages and keeps nothing."""
+
+
+def averages(state: PyTree) -> bool:
+    """Whether something in an optimizer, by its state, averages over devices."""
+    ours = lambda x: isinstance(x, _State | _Averaged)
+    return any(map(ours, jax.tree.leaves(state, is_leaf=ours)))
+
+
+def place_state(state: PyTree, mesh: Mesh, axis: str = "data") -> PyTree:
+    """A state on its devices: each has its own part, and the rest whole."""
+    one = lambda x: isinstance(x, PerDevice)
+    own = NamedSharding(mesh, P(axis))
+    put = lambda x: jax.device_put(x, own) if one(x) else replicate(x, mesh)
+    return jax.tree.map(put, state, is_leaf=one)
+
+
 # (gradient as one vector, step, shared, own) -> (mean, shared, own)
 _Reduce = Callable[[Array, Array, Any, Any], tuple[Array, Any, Any]]
 
@@ -78,8 +99,7 @@ def _on_vector(
     sent: Callable[[int], float],
 ) -> Compression:
     """A transform of the whole gradient as one float32 vector."""
-    if devices < 1:
-        raise ValueError(f"an axis has 1 device or more, got devices={devices}.")
+    _check_devices(devices)
 
     def init(params):
         size = _size(params)
@@ -107,6 +127,8 @@ def average(*, devices: int, axis: str = "data") -> Compression:
         axis: whose devices share the batch.
     """
 
+    _check_devices(devices)
+
     def update(grads, state, params=None):
         _check_axis(axis, devices)
         return jax.lax.pmean(grads, axis), state
@@ -115,7 +137,7 @@ def average(*, devices: int, axis: str = "data") -> Compression:
         total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
         return 2 * (devices - 1) / devices * total
 
-    return Compression(lambda params: optax.EmptyState(), update, sent)
+    return Compression(lambda params: _Averaged(), update, sent)
 
 
 class _Coder(NamedTuple):
@@ -159,8 +181,13 @@ def float8(*, devices: int, axis: str = "data", block: int = 256) -> Compression
     Args:
         devices: of the axis.
         axis: whose devices share the batch.
-        block: numbers with a scale of their own.
+        block: numbers with a scale of their own, >= 1.
+
+    Raises:
+        ValueError: another block.
     """
+    if block < 1:
+        raise ValueError(f"a scale is for a block of 1 number or more, got {block}.")
     kind = jnp.float8_e4m3fn
     most = float(jnp.finfo(kind).max)
 
@@ -320,15 +347,18 @@ def powersgd(
     Raises:
         ValueError: the rank is below 1.
     """
+    _check_devices(devices)
     if rank < 1:
         raise ValueError(f"a matrix has rank 1 or more, got rank={rank}.")
 
     def thin(x):
+        if x is None:  # it does not train
+            return False
         rows, columns = math.prod(x.shape[:-1]), x.shape[-1] if x.ndim else 1
         return x.ndim > 1 and rank * (rows + columns) < rows * columns
 
     def init(params):
-        leaves, structure = jax.tree.flatten(params)
+        leaves, structure = jax.tree.flatten(params, is_leaf=_is_none)
         keys = jr.split(jr.key(seed), len(leaves))
         first = [
             jr.normal(k, (x.shape[-1], rank)) if thin(x) else None
@@ -344,8 +374,8 @@ def powersgd(
         )
 
     def one(g, q, left):
-        if q is None:
-            return jax.lax.pmean(g, axis), None, None
+        if g is None or q is None:
+            return None if g is None else jax.lax.pmean(g, axis), None, None
         mine = g.astype(jnp.float32) + left[0]
         m = mine.reshape(-1, g.shape[-1])
         p = jnp.linalg.qr(jax.lax.pmean(m @ q, axis))[0]
@@ -356,10 +386,9 @@ def powersgd(
 
     def update(grads, state, params=None):
         _check_axis(axis, devices)
-        none = lambda x: x is None
-        flat, structure = jax.tree.flatten(grads)
-        old = jax.tree.leaves(state.shared, is_leaf=none)
-        left = jax.tree.leaves(state.own.values, is_leaf=none)
+        flat, structure = jax.tree.flatten(grads, is_leaf=_is_none)
+        old = jax.tree.leaves(state.shared, is_leaf=_is_none)
+        left = jax.tree.leaves(state.own.values, is_leaf=_is_none)
         out = [one(*of) for of in zip(flat, old, left, strict=True)]
         mean, q, left = (
             jax.tree.unflatten(structure, of) for of in zip(*out, strict=True)
@@ -376,6 +405,15 @@ def powersgd(
         return 2 * (devices - 1) / devices * total
 
     return Compression(init, update, sent)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _check_devices(devices: int) -> None:
+    if devices < 1:
+        raise ValueError(f"an axis has 1 device or more, got devices={devices}.")
 
 
 def _check_axis(axis: str, devices: int) -> None:

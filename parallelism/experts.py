@@ -25,7 +25,7 @@ class Mixed(NamedTuple):
     Attributes:
         y: for each token, the results of its experts, each times its gate.
         balance: the loss that evens out who gets how many tokens, over all devices: 1
-            where all get the same, up to the number of experts where one gets all.
+            where all get the same, and experts / k where the same k get all.
         dropped: fraction of (token, expert) pairs that found no room, over all devices.
     """
 
@@ -52,7 +52,8 @@ def mixture_of_experts(
         x: this device's tokens.
         logits: of the router, for all experts of all devices, in order of the device.
         axis: of the mesh, whose devices share the experts; None where one has all.
-        k: experts of each token. Their gates are softmaxed logits that sum to 1.
+        k: experts of each token. Their gates are softmaxed logits, and for k > 1 made
+            to sum to 1.
         capacity: room of an expert for tokens of each device, in multiples of what it
             gets when all get the same.
 
@@ -73,10 +74,11 @@ def mixture_of_experts(
             f"a token goes to 1 to {experts} experts, with a capacity above 0, got "
             f"k={k} and capacity={capacity}."
         )
-    room = max(1, math.ceil(capacity * k * tokens / experts))
+    room = min(tokens, max(1, math.ceil(capacity * k * tokens / experts)))
     chances = jax.nn.softmax(logits.astype(jnp.float32))
     gates, chosen = jax.lax.top_k(chances, k)
-    gates = gates / gates.sum(-1, keepdims=True)
+    # One gate alone would be 1 whatever the router says, and the router learn nothing.
+    gates = gates / gates.sum(-1, keepdims=True) if k > 1 else gates
     # First choices of all tokens first: they find room before any second choice.
     order = chosen.T.reshape(-1)
     hot = jax.nn.one_hot(order, experts, dtype=jnp.int32)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, JaxprEqn, Literal, Var
 from jaxtyping import Array, PyTree
 
-from jaxeff.program import bind
+from jaxeff.program import bind, bodies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +137,7 @@ def halves(
             seen[v] = len(stored)
             stored.append(i)
         place.append(seen[v])
+    back = _inlined(back)
     first, second, between = _cut(back, len(residuals))
     return Halves(
         tuple(_shape(residuals[i]) for i in stored),
@@ -149,6 +150,25 @@ def halves(
         second,
         between,
         structure,
+    )
+
+
+def _inlined(program: ClosedJaxpr) -> ClosedJaxpr:
+    """The program with its `jit`s opened: what is in one equation can't be cut."""
+
+    def run(program: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+        inner = program.jaxpr
+        values = dict(zip(inner.constvars, program.consts, strict=True))
+        values.update(zip(inner.invars, args, strict=True))
+        for eqn in inner.eqns:
+            given = [_read(values, v) for v in eqn.invars]
+            inlined = eqn.primitive.name in ("jit", "closed_call")
+            out = run(bodies(eqn)[0].jaxpr, given) if inlined else bind(eqn, given)
+            values.update(zip(eqn.outvars, out, strict=True))
+        return [_read(values, v) for v in inner.outvars]
+
+    return jax.make_jaxpr(lambda *args: run(program, args))(
+        *map(_shape, program.in_avals)
     )
 
 

@@ -21,7 +21,7 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALLED = re.compile(
-    r"\b(calls|to_apply|body|true_computation|false_computation|branch_computations)"
+    r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations)"
     r"=(\{[^}]*\}|%?[\w.\-]+)"
 )
 # `mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'x'}`: a mesh's axes, how the devices
@@ -99,7 +99,9 @@ class Module:
             for i in self.computations[name]:
                 yield i, name, times, certain
                 for what, called in i.calls():
-                    often = self.trips(i) if what == "body" else 1
+                    often = self.trips(i) if what in ("body", "condition") else 1
+                    if what == "condition" and often is not None:
+                        often += 1
                     always = not what.endswith(("computation", "computations"))
                     known = certain and always and often is not None
                     yield from visit(
@@ -252,10 +254,10 @@ def _mesh_groups(
 
 
 def pairs(attributes: str) -> np.ndarray:
-    """Who sends to whom in a `collective-permute`: rows of (source, target)."""
+    """Who sends to another in a `collective-permute`: rows of (source, target)."""
     found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
     rows = re.findall(r"(\d+),(\d+)", found[1] if found else "")
-    return np.array(rows, int).reshape(-1, 2)
+    return np.array([r for r in rows if r[0] != r[1]], int).reshape(-1, 2)
 
 
 def _ints(text: str | None) -> list[int]:

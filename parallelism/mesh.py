@@ -15,6 +15,8 @@ from jax.sharding import AxisType, Mesh
 # From the axis that sends least and seldom to the one that sends most: the devices of
 # the last axes are neighbours, and only the first reach over to other hosts and slices.
 AXES = ("pipe", "data", "fsdp", "expert", "sequence", "tensor")
+# Those that send seldom enough to reach over the network between slices.
+OUTER_AXES = ("pipe", "data", "fsdp")
 # Those whose devices hold different examples.
 BATCH_AXES = ("data", "fsdp", "expert")
 
@@ -102,15 +104,15 @@ def split_over_slices(shape: Sequence[int], slices: int) -> tuple[int, ...]:
         ValueError: the outer axes can't be split that way.
     """
     across, left = [], slices
-    for size in shape:
-        across.append(part := math.gcd(size, left))
+    for name, size in zip(AXES, shape, strict=True):
+        across.append(part := math.gcd(size, left) if name in OUTER_AXES else 1)
         left //= part
     if left > 1:
         sizes = " * ".join(
             f"{name}({n})" for name, n in zip(AXES, shape, strict=True) if n > 1
         )
         raise ValueError(
-            f"a mesh over {slices} slices has axes that divide by them, but "
-            f"{sizes or 'data(1)'} has none. Make data or pipe a multiple of {slices}."
+            f"over {slices} slices reach {', '.join(OUTER_AXES)}, but of "
+            f"{sizes or 'data(1)'} they can't. Make data a multiple of {slices}."
         )
     return tuple(across)

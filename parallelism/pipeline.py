@@ -16,7 +16,8 @@ Source: Narayanan et al. 2021, arXiv:2104.04473, section 2.2.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,14 +62,16 @@ class Stages:
     """
 
     schedule: Schedule
-    layers: tuple[int, ...] | int
+    layers: Sequence[int] | int
 
     def __post_init__(self):
         stages = self.schedule.stages
-        if isinstance(self.layers, int):
-            less, more = divmod(self.layers, stages)
-            even = tuple(less + (k < more) for k in range(stages))
-            object.__setattr__(self, "layers", even)
+        if isinstance(self.layers, Sequence):
+            layers = tuple(map(int, self.layers))
+        else:
+            less, more = divmod(int(self.layers), stages)
+            layers = tuple(less + (k < more) for k in range(stages))
+        object.__setattr__(self, "layers", layers)
         if len(self.sizes) != stages or min(self.sizes) < 1:
             raise ValueError(
                 f"each of the {stages} stages has 1 layer or more, got {self.sizes}. "
@@ -147,37 +150,51 @@ def pipeline(
         stages: which layers are where, and the schedule.
         mesh: with as many devices on its axis `pipe` as the schedule has.
         remat: keep only the inputs of stages and compute them again for the backward.
-            True by default; False for schedules that cut the backward in two, which
-            would compute everything twice.
+            True by default; not for schedules that cut the backward in two. (Nor does
+            `jax.checkpoint` inside of `block` leave them anything to put off.)
 
     Raises:
         ValueError: mesh and schedule do not fit together; while tracing, where the
             batch does not divide into microbatches or a layer changes x.
     """
     s = stages.schedule
-    if mesh.shape["pipe"] != s.devices:
+    if (have := mesh.shape.get("pipe", 1)) != s.devices:
         raise ValueError(
             f"the schedule is for {s.devices} devices, but the axis pipe of the mesh "
-            f"has {mesh.shape['pipe']}. Make one of them the other."
+            f"has {have}. Make one of them the other."
         )
     in_two = any(op.kind == "W" for op in s.operations())
+    if in_two and remat:
+        raise ValueError(
+            f"{s.name} cuts a backward in two, and what is computed again can't be: "
+            "all would be in the first part. Leave remat out, or take 1F1B."
+        )
     model = _Model(embed, block, head, not in_two if remat is None else remat, in_two)
     manual = tuple(name for name in ("pipe", "data") if name in mesh.axis_names)
 
     def run(params: Pipelined, batch: Any, key: Any = None) -> tuple[Array, Pipelined]:
         shards = mesh.shape.get("data", 1)
-        examples = {x.shape[0] for x in jax.tree.leaves(batch)}
-        if any(n % (s.microbatches * shards) for n in examples):
+        shapes = {jnp.shape(x) for x in jax.tree.leaves(batch)}
+        examples = {shape[0] if shape else 0 for shape in shapes}
+        if len(examples) != 1 or (n := examples.pop()) < 1:
+            raise ValueError(
+                "all arrays of a batch have the same first dim, of 1 example or more, "
+                f"but these have the shapes {sorted(shapes)}."
+            )
+        if n % (s.microbatches * shards):
             raise ValueError(
                 f"a batch divides into {s.microbatches} microbatches, each over "
-                f"{shards} devices, but this one has {sorted(examples)} examples. "
-                f"Choose a multiple of {s.microbatches * shards}."
+                f"{shards} devices, but this one has {n} examples. Choose a multiple "
+                f"of {s.microbatches * shards}."
             )
         data = None if key is None else jr.key_data(key)
+        wrap = functools.partial(
+            jr.wrap_key_data, impl=None if key is None else jr.key_impl(key)
+        )
 
         def local(ends, blocks, batch, data, device, shard):
             loss, of_ends, of_blocks = _run(
-                model, stages, ends, blocks, batch, data, device[0], shard[0]
+                model, stages, ends, blocks, batch, data, wrap, device[0], shard[0]
             )
             loss = jax.lax.psum(loss, "pipe")
             of_ends = jax.lax.psum(of_ends, "pipe")
@@ -247,6 +264,7 @@ def _run(
     blocks: PyTree,
     batch: PyTree,
     key: Array | None,
+    wrap: Callable[[Array], Any],
     device: Int[Array, ""],
     shard: Int[Array, ""],
 ) -> tuple[Array, PyTree, PyTree]:
@@ -261,7 +279,7 @@ def _run(
     def seed(n, layer):
         if key is None:
             return None
-        return key_of(jr.wrap_key_data(key), n, layer, shard)
+        return key_of(wrap(key), n, layer, shard)
 
     def stage(weights, x, given):
         n, first, count = given

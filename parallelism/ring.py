@@ -36,7 +36,8 @@ PLAIN = Wire(lambda x: x, lambda sent, size: sent)
 def int8_wire(block: int = 256) -> Wire:
     """Eight bits a number, and a float32 scale for each block of them.
 
-    A sum over n devices is rounded n times, n-1 of them on its way.
+    A sum over n devices is rounded n times, n-1 of them on its way. It has no
+    gradient of its own: rounding is flat.
 
     Args:
         block: numbers that share a scale, >= 1.
@@ -45,6 +46,7 @@ def int8_wire(block: int = 256) -> Wire:
         raise ValueError(f"a scale is for a block of 1 number or more, got {block}.")
 
     def encode(x):
+        x = x.astype(jnp.float32)
         rows = jnp.pad(x, (0, -x.size % block)).reshape(-1, block)
         scale = jnp.abs(rows).max(-1, keepdims=True) / 127
         codes = jnp.round(rows / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
@@ -69,7 +71,13 @@ def ring_all_reduce(
 
     Raises:
         NameError: there is no such axis here.
+        ValueError: integers are to be encoded.
     """
+    if wire is not PLAIN and not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"floating-point numbers can be encoded for their way, but this is "
+            f"{x.dtype}. Send it plain."
+        )
     n, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     if n == 1:
         return x

@@ -106,6 +106,9 @@ class Schedule:
                 runs before what it needs is there.
         """
         done: set[Op] = set()
+        lanes = {len(tick) for tick in self.ops}
+        if len(lanes) != 1:
+            raise ValueError(f"every tick has as many lanes, but these have {lanes}.")
         for t, tick in enumerate(self.ops):
             for lane in tick:
                 running = [(d, op) for d, op in enumerate(lane) if op is not None]
@@ -124,12 +127,17 @@ class Schedule:
                                 f"{' or '.join(map(_spell, need))} has not run."
                             )
                 done |= {op for _, op in running}
-        kinds = {op.kind for op in done}
-        for stage in range(self.stages):
-            for n in range(self.microbatches):
-                missing = {Op(kind, stage, n) for kind in kinds} - done
-                if missing:
-                    raise ValueError(f"{_spell(missing.pop())} never runs.")
+        kinds = "FIW" if any(op.kind in "IW" for op in done) else "FB"
+        want = {
+            Op(kind, stage, n)
+            for kind in kinds
+            for stage in range(self.stages)
+            for n in range(self.microbatches)
+        }
+        if missing := want - done:
+            raise ValueError(f"{_spell(min(missing))} never runs.")
+        if more := done - want:
+            raise ValueError(f"{_spell(min(more))} is none of this schedule.")
 
     def operations(self) -> list[Op]:
         """All of them, in the order of time."""
@@ -228,11 +236,11 @@ def _two_lanes(name: str, p: int, m: int, v: int, start: int) -> Schedule:
 def zero_bubble(devices: int, microbatches: int) -> Schedule:
     """Backwards cut in two: gradients of weights, that none waits for, fill the gaps.
 
-    Device d takes a forward if fewer than 3 (p-d) / 2 of its microbatches wait for
-    their gradient and fewer than p inputs are held; else the gradient of an input, that
-    others wait for; else that of weights. With m >= p all that is idle is p-1 of
-    3 m + p-1, as published (checked for p up to 16, m up to 69), and no device holds
-    more than 1F1B's first one.
+    Device d takes a forward if fewer than 3 (p-d) / 2, rounded down, of its
+    microbatches wait for their gradient and fewer than p inputs are held; else the
+    gradient of an input, that others wait for; else that of weights. With m >= p all
+    that is idle is p-1 of 3 m + p-1, as published (tested for p up to 16), and no
+    device holds more than 1F1B's first one.
 
     Raises:
         ValueError: a number is below 1.
@@ -280,14 +288,6 @@ def _positive(devices: int, microbatches: int, chunks: int) -> None:
             "a pipeline has 1 device, 1 microbatch and 1 stage on each device or more, "
             f"got {devices}, {microbatches} and {chunks}."
         )
-
-
-def bubble_of(name: str, devices: int, microbatches: int, chunks: int = 1) -> float:
-    """The fraction of idle time as published, to compare with `Schedule.bubble`."""
-    p, m, v = devices, microbatches, chunks
-    if name == "ZB-H1":
-        return (p - 1) / (3 * m + p - 1)
-    return (p - 1) / (v * m + p - 1)
 
 
 def _spell(op: Op) -> str:

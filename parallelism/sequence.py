@@ -36,7 +36,7 @@ def ring_attention(
 ) -> Float[Array, "b s h d"]:
     """Attention of this device's queries to the keys of all devices.
 
-    Memory is that of one block of scores, in the backward too, which computes them
+    Memory is that of a few blocks of scores, in the backward too, which computes them
     again. With `causal`, a device has nothing to compute while the keys at hand come
     after its queries; the last device never waits.
 
@@ -84,16 +84,21 @@ def _forward(q: Any, k: Any, v: Any, axis: str, causal: bool, scale: float) -> A
             out * shrink[..., None] + product,
         )
 
+    def turn(t, k, v, state):
+        of = (me - t) % n
+        return _unless(of > me if causal else None, attend, of, k, v, state)
+
     def step(t, carry):
         k, v, state = carry
-        k, v = _on((k, v), axis, n)
-        of = (me - t) % n
-        return k, v, _unless(causal & (of > me), attend, of, k, v, state)
+        # On their way while this block is computed.
+        coming = _on((k, v), axis, n)
+        return *coming, turn(t, k, v, state)
 
     zero = jnp.zeros(rows, jnp.float32)
-    # Its own block first: there every row has a key, so no maximum stays at the start.
-    state = attend(me, k, v, (zero + _NEVER, zero, jnp.zeros((*rows, d), jnp.float32)))
-    *_, (best, total, out) = jax.lax.fori_loop(1, n, step, (k, v, state))
+    # Its own block comes first: there every row has a key, and so a finite maximum.
+    state = (zero + _NEVER, zero, jnp.zeros((*rows, d), jnp.float32))
+    *last, state = jax.lax.fori_loop(0, n - 1, step, (k, v, state))
+    best, total, out = turn(n - 1, *last, state)
     out = out / total[..., None]
     result = out.transpose(0, 3, 1, 2, 4).astype(q.dtype)
     return result, (q, k, v, result, best + jnp.log(total))
@@ -116,18 +121,21 @@ def _backward(axis: str, causal: bool, scale: float, kept: Any, g: Any) -> Any:
         dk += jnp.einsum("bkgqt,bqkgd->btkd", ds, q.astype(jnp.float32))
         return dq, dk, dv
 
-    def step(t, carry):
-        k, v, dq, dk, dv = carry
-        k, v, dk, dv = _on((k, v, dk, dv), axis, n)
+    def turn(t, k, v, state):
         of = (me - t) % n
-        dq, dk, dv = _unless(causal & (of > me), give, of, k, v, (dq, dk, dv))
-        return k, v, dq, dk, dv
+        dq, dk, dv = _unless(of > me if causal else None, give, of, k, v, state)
+        # The gradients go along with their keys, and with the last hop home.
+        return dq, *_on((dk, dv), axis, n)
+
+    def step(t, carry):
+        k, v, state = carry
+        coming = _on((k, v), axis, n)
+        return *coming, turn(t, k, v, state)
 
     zero = lambda x: jnp.zeros(x.shape, jnp.float32)
-    dq, dk, dv = give(me, k, v, (zero(q), zero(k), zero(v)))
-    _, _, dq, dk, dv = jax.lax.fori_loop(1, n, step, (k, v, dq, dk, dv))
-    # One more hop, and the gradients are where their keys are.
-    dk, dv = _on((dk, dv), axis, n)
+    state = zero(q), zero(k), zero(v)
+    *last, state = jax.lax.fori_loop(0, n - 1, step, (k, v, state))
+    dq, dk, dv = turn(n - 1, *last, state)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
@@ -152,7 +160,7 @@ def _on(tree: Any, axis: str, n: int) -> Any:
 
 
 def _unless(skip: Any, run: Callable, of: Any, k: Any, v: Any, state: Any) -> Any:
-    if skip is False:
+    if skip is None:
         return run(of, k, v, state)
     return jax.lax.cond(skip, lambda of, k, v, state: state, run, of, k, v, state)
 

@@ -94,14 +94,22 @@ class Table:
             at += length
 
     @property
-    def sent(self) -> tuple[int, int]:
-        """How often inputs, and cotangents, are handed on, idle devices' included."""
-        count = lambda name: sum(
-            (end - begin) * getattr(lane, name)
+    def sent(self) -> int:
+        """How often the program hands inputs or cotangents on, all devices at once."""
+        return sum(
+            (end - begin) * (lane.sends_inputs + lane.sends_cotangents)
             for begin, end, lanes in self.segments()
             for lane in lanes
         )
-        return count("sends_inputs"), count("sends_cotangents")
+
+    @property
+    def needed(self) -> int:
+        """How often some device has something to hand on."""
+        return sum(
+            lane.sends_inputs + lane.sends_cotangents
+            for lanes in self.lanes
+            for lane in lanes
+        )
 
 
 def make_table(schedule: Schedule) -> Table:

@@ -43,10 +43,26 @@ from jaxeff.program import (
 
 from .mesh import BATCH_AXES
 
-_SERIAL = frozenset(
-    "sort top_k approx_top_k cumsum cumprod cummax cummin cumlogsumexp fft rev "
-    "reduce_window_sum reduce_window_max reduce_window_min".split()
-)
+_last = lambda n: lambda eqn: range(eqn.invars[0].aval.ndim)[-n(eqn) :]
+_one = lambda key: lambda eqn: (eqn.params[key],)
+_wide = lambda eqn: [d for d, n in enumerate(eqn.params["window_dimensions"]) if n > 1]
+# Which dims of its operands an operation goes along, so that none can do it alone; for
+# those that join or cut, where the parts of different devices would have to move.
+_SERIAL: dict[str, Callable[[JaxprEqn], Sequence[int]]] = {
+    **dict.fromkeys("cumsum cumprod cummax cummin cumlogsumexp".split(), _one("axis")),
+    **dict.fromkeys(
+        "reduce_window reduce_window_sum reduce_window_max reduce_window_min".split(),
+        _wide,
+    ),
+    "sort": _one("dimension"),
+    "concatenate": _one("dimension"),
+    "top_k": _last(lambda eqn: 1),
+    "fft": _last(lambda eqn: len(eqn.params["fft_lengths"])),
+    "rev": lambda eqn: eqn.params["dimensions"],
+    "pad": lambda eqn: [
+        d for d, size in enumerate(eqn.params["padding_config"]) if any(size)
+    ],
+}
 # What is in no product is split for its memory alone, from this part of all weights on:
 # an embedding is, and a table of positions is not worth a message.
 WORTH_STORING = 0.05
@@ -62,7 +78,8 @@ class Split:
         members: (path of a weight, dim of it), all that are cut with it.
         flops: of the products that are split, of one forward pass.
         forward, backward: bytes of the arrays that are summed over the devices, in a
-            forward and in a backward pass.
+            forward and in a backward pass; there the sum of several gradients of one
+            array counts once, and the compiler may add up each.
         reason: why it is not split; None where it is.
     """
 
@@ -204,20 +221,26 @@ def plan_tensor(
     plan = TensorPlan(axis, devices, specs, tuple(splits), tuple(grouped))
     if not plan.chosen:
         raise ValueError(
-            f"nothing of this function can be split among {devices} devices:\n{plan}"
+            f"nothing of this function can be split among {devices} devices. Take a "
+            f"number that divides some size:\n{plan}"
         )
     return plan
 
 
 def shard(
-    fn: Callable, params: Any, *args: Any, mesh: Mesh, **options: Any
+    fn: Callable,
+    params: Any,
+    *args: Any,
+    mesh: Mesh,
+    whole: tree.Patterns = (),
+    **kwargs: Any,
 ) -> tuple[Callable, Any]:
     """The function, and its weights split over the axis `tensor` of a mesh.
 
     Under `jit` the compiler splits what is computed from them in the same way.
 
     Args:
-        fn, params, args, options: as of `plan_tensor`.
+        fn, params, args, kwargs, whole: as of `plan_tensor`.
         mesh: with an axis `tensor`. One of size 1 splits nothing.
 
     Raises:
@@ -228,8 +251,10 @@ def shard(
     """
     devices = mesh.shape["tensor"]
     if devices == 1:
+        if whole:
+            tree.match(whole, tree.paths(params))
         return fn, jax.device_put(params, NamedSharding(mesh, P()))
-    plan = plan_tensor(fn, params, *args, devices=devices, **options)
+    plan = plan_tensor(fn, params, *args, devices=devices, whole=whole, **kwargs)
     sharing = [a for a in BATCH_AXES if mesh.shape.get(a, 1) > 1]
     if plan.grouped and sharing:
         raise ValueError(
@@ -242,10 +267,18 @@ def shard(
 
 
 def place(params: Any, plan: TensorPlan, mesh: Mesh) -> Any:
-    """The weights on their devices, as a plan says."""
+    """The weights on their devices, as a plan says.
+
+    Raises:
+        ValueError: the plan is for other weights.
+    """
+    if other := tree.paths(params).keys() ^ plan.specs.keys():
+        raise ValueError(
+            f"the plan is for other weights than these: {sorted(other)[0]} is in one "
+            "of the two alone. Make a plan for these."
+        )
     shardings = {
-        path: NamedSharding(mesh, plan.specs.get(path, P()))
-        for path in tree.paths(params)
+        path: NamedSharding(mesh, plan.specs[path]) for path in tree.paths(params)
     }
     flat, structure = jax.tree.flatten(params)
     put = [jax.device_put(x, s) for x, s in zip(flat, shardings.values(), strict=True)]
@@ -289,6 +322,8 @@ def _hindrance(
         return "nothing is computed along it"
     if n.serial:
         return f"`{n.serial}` goes along it"
+    if c.reason is not None and "has no rule" in c.reason:
+        return c.reason
     size = lambda paths: sum(shapes[p].size * shapes[p].dtype.itemsize for p in paths)
     stored = size(paths)
     if n.flops == 0 and n.forward + n.backward >= stored:
@@ -328,9 +363,12 @@ def _count(
     counted = {find(c.atom): _Counted() for c in couplings}
     ours = lambda dims: {find(a) for d in dims for a in atoms(d)} & counted.keys()
     seen: set[tuple] = set()
+    live = {id(eqn) for _, eqn, _ in equations(jaxpr)}
     for where, eqn, times, trained in _visit(
         jaxpr, (), 1, [path is not None for path in weights]
     ):
+        if id(eqn) not in live:
+            continue
         env = solver.dims[where]
         dims_of = lambda v, env=env: () if isinstance(v, Literal) else env[v]
         given = [ours(dims_of(v)) for v in eqn.invars]
@@ -366,7 +404,9 @@ def _along(eqn: JaxprEqn, ins: Sequence[Sequence[Dim]]) -> set[Dim]:
         specs = (numbers.lhs_spec, numbers.rhs_spec)
         dims = [x[d] for x, spec in zip(ins, specs, strict=True) for d in spec[2:]]
     elif eqn.primitive.name in _SERIAL:
-        dims = [d for x in ins for d in x]
+        dims = [
+            x[d] for x in ins for d in _SERIAL[eqn.primitive.name](eqn) if d < len(x)
+        ]
     else:
         return set()
     return {find(a) for d in dims for a in atoms(d)}

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from jaxeff.parallelism import state_specs
+from jaxeff.parallelism import averages, batch_sharding, state_specs
 from jaxeff.precision import all_finite
 from jaxeff.tree import combine, partition, Patterns, pytree
 
@@ -119,15 +119,17 @@ def make_train_step(
             the optimizer state leave.
         per_device: a mesh; each device of its axis data computes the gradient of its
             own part of the batch, draws its own random numbers, and leaves it to `tx`
-            to average (`parallelism.rounded`, `powersgd`, `average`). Statistics of a
-            batch are those of each device's part; metrics and updates are averaged.
+            to average (`parallelism.rounded`, `powersgd`, `average`), before anything
+            else in it keeps a state. Statistics of a batch are those of each device's
+            part; metrics and updates are averaged, of integers the largest is taken.
 
     Returns:
         The step. Its metrics are `loss` and what the loss puts into `Aux`.
 
     Raises:
         ValueError: while tracing, where the loss returns something else, or
-            updates an entry that `params` does not have.
+            updates an entry that `params` does not have; or with `per_device`, where
+            nothing in `tx` averages, or the batch does not divide.
     """
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
@@ -144,7 +146,7 @@ def make_train_step(
 
         grads, (value, aux) = jax.grad(objective, has_aux=True)(train)
         if per_device is not None:
-            value, aux = jax.lax.pmean((value, aux), "data")
+            value, aux = jax.tree.map(_over_devices, (value, aux))
         if state.scaler is not None:
             grads = state.scaler.unscale(grads)
         updates, opt_state = tx.update(grads, state.opt_state, train)
@@ -154,6 +156,8 @@ def make_train_step(
         scaler = state.scaler
         if scaler is not None:
             finite = all_finite(grads)
+            if per_device is not None:  # all skip the step, or none
+                finite = jax.lax.pmin(finite.astype(jnp.int32), "data") > 0
             keep = lambda new, old: jnp.where(finite, new, old)
             params = jax.tree.map(keep, params, state.params)
             opt_state = jax.tree.map(keep, opt_state, state.opt_state)
@@ -167,10 +171,24 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
+def _over_devices(x: Array) -> Array:
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return jax.lax.pmean(x, "data")
+    return jax.lax.pmax(x.astype(jnp.int32), "data").astype(x.dtype)
+
+
 def _spread(step: Callable, mesh: Mesh) -> Callable:
     """The step on each device's part of the batch."""
 
     def spread(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        if not averages(state.opt_state):
+            raise ValueError(
+                "with per_device every device has a gradient of its own, and nothing "
+                "in tx averages them. Begin it with parallelism.average(devices=...), "
+                "or with one that also compresses."
+            )
+        for x in jax.tree.leaves(batch):
+            batch_sharding(mesh, x.shape[0])
         # By field: a `TrainState` of specs would be none of arrays.
         names = [f.name for f in dataclasses.fields(state)]
         parts = [getattr(state, name) for name in names]

@@ -110,6 +110,30 @@ def test_one_device_sends_nothing():
     assert found.count == 0 and "sends anything" in str(found)
 
 
+def test_what_the_condition_of_a_loop_sends_is_found(mesh):
+    def local(x):
+        far = lambda c: jax.lax.psum(c.sum(), "tensor") < 10
+        return jax.lax.while_loop(far, lambda c: c + 1, x)
+
+    fn = jax.shard_map(
+        local, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False
+    )
+    found = audit(jax.jit(fn).lower(jnp.zeros(16)).compile(), mesh)
+    assert [(c.kind, c.certain) for c in found.collectives] == [("all-reduce", False)]
+
+
+def test_what_a_device_sends_to_itself_is_not_sent():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    fn = jax.shard_map(
+        lambda x: jax.lax.ppermute(x, "data", [(0, 0)]),
+        mesh=mesh,
+        in_specs=P(),
+        out_specs=P(),
+        check_vma=False,
+    )
+    assert audit(jax.jit(fn).lower(jnp.zeros(16)).compile(), mesh).count == 0
+
+
 def test_what_may_not_run_is_marked(mesh):
     def local(x):
         bumped = lambda x: jax.lax.psum(x, "tensor") + x

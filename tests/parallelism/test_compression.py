@@ -13,13 +13,14 @@ from jaxeff.parallelism import (
     batch_sharding,
     float8,
     make_mesh,
+    place_state,
     powersgd,
     random_k,
-    replicate,
     rounded,
     state_specs,
     top_k,
 )
+from jaxeff.precision import DynamicLossScale
 from jaxeff.training import Aux, init_state, make_train_step
 
 N = 8
@@ -108,7 +109,7 @@ def test_nothing_is_lost_only_late(tx):
 
 def kept_back(state, size):
     """The mean over the devices of what the state says was not handed out yet."""
-    if isinstance(state, optax.EmptyState):
+    if not hasattr(state, "own"):
         return np.zeros(size)
     values = state.own.values
     if isinstance(values, dict) and "there" in values:
@@ -202,6 +203,53 @@ def test_with_another_axis_it_is_the_same():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["8 bits", "powersgd"])
+def test_what_does_not_train_is_left_alone(name):
+    mesh = make_mesh()
+    params, batch = problem()
+    tx = optax.chain(ALL[name], optax.sgd(0.1))
+    step = make_train_step(loss, tx, trainable="w", per_device=mesh)
+    state, _ = step(init_state(params, tx, jr.key(0), trainable="w"), batch)
+    assert (state.params["v"] == params["v"]).all()
+    assert (state.params["w"] != params["w"]).any()
+
+
+def test_all_devices_skip_a_step_that_overflowed_on_one():
+    mesh, tx = make_mesh(), optax.chain(average(devices=N), optax.sgd(1.0))
+
+    def bad(params, batch, key):
+        return (params["w"] * batch["x"]).sum(), Aux()
+
+    step = make_train_step(bad, tx, per_device=mesh)
+    x = jnp.ones(8).at[3].set(jnp.inf)
+    scaler = DynamicLossScale(1024.0)
+    state = init_state({"w": jnp.ones(1)}, tx, jr.key(0), scaler=scaler)
+    state, metrics = step(state, {"x": x})
+    assert metrics["skipped"]
+    for array in (state.params["w"], state.scaler.value):
+        shards = [np.asarray(s.data) for s in array.addressable_shards]
+        assert all((s == shards[0]).all() for s in shards)
+    assert state.params["w"] == 1
+
+
+def test_a_step_on_each_device_that_averages_nothing_is_an_error():
+    with pytest.raises(ValueError, match="nothing in tx averages them"):
+        trained(optax.identity(), 1, per_device=make_mesh())
+
+
+def test_integers_of_a_loss_stay_integers():
+    def counted(params, batch, key):
+        count = {"seen": params["seen"] + 1}
+        return (params["w"] * batch["x"]).sum(), Aux({"big": jnp.int32(3)}, count)
+
+    mesh, tx = make_mesh(), optax.chain(average(devices=N), optax.sgd(1.0))
+    params = {"w": jnp.ones(1), "seen": jnp.int32(0)}
+    step = make_train_step(counted, tx, trainable="w", per_device=mesh)
+    state = init_state(params, tx, jr.key(0), trainable="w")
+    state, metrics = step(state, {"x": jnp.ones(8)})
+    assert state.params["seen"] == 1 and metrics["big"].dtype == jnp.int32
+
+
 def test_each_device_draws_its_own_numbers():
     mesh, tx = make_mesh(), average(devices=N)
 
@@ -218,11 +266,18 @@ def test_each_device_draws_its_own_numbers():
     np.testing.assert_allclose(state.params["w"], -sum(draws) / 8, atol=1e-6)
 
 
-def test_a_state_goes_through_a_mesh_and_back():
-    tx = rounded(8, devices=N, block=64)
-    state = replicate(tx.init(PARAMS), make_mesh())
-    assert state.own.values["there"].shape[0] == N
-    specs = state_specs(state)
+def test_a_state_is_placed_as_a_step_leaves_it():
+    mesh, tx = make_mesh(), rounded(8, devices=N, block=64)
+    params, batch = problem()
+    step = make_train_step(loss, tx, per_device=mesh)
+    first = lambda: place_state(init_state(params, tx, jr.key(0)), mesh)
+    state = first()
+    own = state.opt_state.own.values["there"]
+    assert own.addressable_shards[0].data.shape[0] == 1
+    after, _ = step(state, batch)
+    placed = zip(*map(jax.tree.leaves, (after, first())), strict=True)
+    assert all(a.sharding.is_equivalent_to(b.sharding, a.ndim) for a, b in placed)
+    specs = state_specs(after.opt_state)
     assert specs.own == P("data") and specs.step == P()
 
 
@@ -235,6 +290,9 @@ def test_a_state_goes_through_a_mesh_and_back():
             "multiple of 8, got 8 bits in blocks of 12",
         ),
         (lambda: rounded(8, devices=0), "got devices=0"),
+        (lambda: average(devices=0), "got devices=0"),
+        (lambda: powersgd(devices=0), "got devices=0"),
+        (lambda: float8(devices=8, block=0), "got 0"),
         (lambda: top_k(0.0, devices=8), r"in \(0, 1\], got 0.0"),
         (lambda: random_k(1.5, devices=8), r"in \(0, 1\], got 1.5"),
         (lambda: powersgd(0, devices=8), "got rank=0"),

@@ -29,7 +29,7 @@ def by_hand(weights, x, logits, k):
     chances = jax.nn.softmax(logits)
     least = jax.lax.top_k(chances, k)[0][:, -1:]
     gates = jnp.where(chances >= least, chances, 0)
-    gates = gates / gates.sum(-1, keepdims=True)
+    gates = gates / gates.sum(-1, keepdims=True) if k > 1 else gates
     each = jax.vmap(expert, (0, None))(weights, x)
     return jnp.einsum("te,etd->td", gates, each)
 
@@ -75,9 +75,9 @@ def test_an_expert_takes_first_choices_first_and_leaves_out_what_finds_no_room()
     logits = jnp.full((TOKENS, EXPERTS), -9.0).at[:, 0].set(5.0).at[:, 1].set(4.0)
     y, _, dropped = mixture_of_experts(expert, weights, x, logits, k=1, capacity=2.0)
     room = 2 * TOKENS // EXPERTS
-    np.testing.assert_allclose(
-        y[:room], expert(jax.tree.map(lambda a: a[0], weights), x[:room]), atol=1e-5
-    )
+    gate = jax.nn.softmax(logits[0])[0]
+    only = gate * expert(jax.tree.map(lambda a: a[0], weights), x[:room])
+    np.testing.assert_allclose(y[:room], only, atol=1e-5)
     assert (y[room:] == 0).all() and dropped == 1 - room / TOKENS
     # As a second choice of the others it comes after: it finds no room at all.
     second = logits.at[0, 1].set(6.0)
@@ -105,6 +105,13 @@ def test_tokens_go_to_their_experts_and_back_and_nothing_else_is_sent():
     assert found.of("all-to-all", "expert").bytes == 2 * slots
     # The means of the balance, and of what was dropped.
     assert found.of("all-reduce").bytes == (2 * EXPERTS + 1) * 4
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_router_learns_from_what_its_choices_are_worth(k):
+    weights, x, logits = problem()
+    y = lambda logits: mixture_of_experts(expert, weights, x, logits, k=k).y.sum()
+    assert np.abs(jax.grad(y)(logits)).max() > 1e-3
 
 
 def test_half_precision_stays_half():

@@ -73,6 +73,18 @@ def test_what_is_computed_again_keeps_only_its_inputs():
     assert [s.shape for s in kept] == [x.shape, key.shape]
 
 
+def test_a_jitted_layer_is_cut_as_any():
+    inner = jax.jit(layer)
+
+    def fn(weights, x, key):
+        return inner(jax.tree.map(lambda a: a[0], weights), x, key)
+
+    weights, x, key = problem()
+    half = halves(fn, weights, x, key)
+    count = lambda eqns: sum(e.primitive.name == "dot_general" for e in eqns)
+    assert (count(half._of_input), count(half._of_weights)) == (2, 2)
+
+
 def test_the_first_half_of_a_backward_leaves_the_products_of_the_second_out():
     weights, x, key = problem()
     half = halves(loop, weights, x, key)

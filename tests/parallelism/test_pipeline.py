@@ -4,6 +4,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxeff.models import GPT
 from jaxeff.models.gpt import Block
@@ -93,7 +94,7 @@ def test_value_and_gradient_are_those_of_one_device():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", [True, False])
+@pytest.mark.parametrize("remat", [None, False])
 @pytest.mark.parametrize(
     "schedule",
     [gpipe(4, 8), one_f_one_b(2, 8, 2), one_f_one_b(1, 4), zero_bubble(4, 8)],
@@ -101,6 +102,22 @@ def test_value_and_gradient_are_those_of_one_device():
 )
 def test_every_schedule_computes_the_same(schedule, remat):
     check(schedule, remat=remat)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["tensor", "fsdp"])
+def test_a_stage_may_be_sharded_over_another_axis(axis):
+    ends, blocks, tokens = problem(4)
+    mesh = make_mesh(pipe=2, data=2, **{axis: 2})
+    cut = Stages(one_f_one_b(2, 4), 4)
+    params = cut.place(Pipelined(ends, cut.split(blocks)), mesh)
+    on = lambda *dims: NamedSharding(mesh, P("pipe", None, None, *dims))
+    put = {"up": on(None, axis), "down": on(axis, None)}
+    stages = {name: jax.device_put(params.stages[name], put[name]) for name in put}
+    run = pipeline(embed, block, head, cut, mesh)
+    loss, grads = run(Pipelined(params.ends, stages), tokens)
+    want, of_whole = jax.value_and_grad(whole)((ends, blocks), tokens, 4)
+    near((loss, grads.ends, cut.join(grads.stages)), (want, *of_whole))
 
 
 @pytest.mark.slow
@@ -251,7 +268,7 @@ def test_layers_come_back_as_they_were():
     for cut in (
         Stages(one_f_one_b(2, 4), 7),
         Stages(one_f_one_b(2, 4, 3), 7),
-        Stages(one_f_one_b(2, 4), (5, 2)),
+        Stages(one_f_one_b(2, 4), [5, 2]),
     ):
         assert (cut.join(cut.split(blocks))["w"] == blocks["w"]).all()
     assert Stages(one_f_one_b(2, 4, 3), 7).sizes == (2, 1, 1, 1, 1, 1)
@@ -278,6 +295,12 @@ def test_sizes_that_do_not_fit_are_an_error():
     run = pipeline(embed, block, head, cut, mesh)
     with pytest.raises(ValueError, match="multiple of 8"):
         run(params, tokens[:12])
+    with pytest.raises(ValueError, match="the same first dim, of 1 example or more"):
+        run(params, tokens[:0])
+    with pytest.raises(ValueError, match="the same first dim"):
+        run(params, {"x": tokens, "y": tokens[:16]})
+    with pytest.raises(ValueError, match="ZB-H1 cuts a backward in two"):
+        pipeline(embed, block, head, Stages(zero_bubble(2, 4), 4), mesh, remat=True)
     wider = lambda w, x, key: jnp.concatenate([x, x], -1)
     with pytest.raises(ValueError, match="a layer of a pipeline gives what"):
         pipeline(embed, wider, head, cut, mesh)(params, tokens)

@@ -64,6 +64,18 @@ def test_in_eight_bits_it_sends_a_quarter_and_stays_near():
     assert sent == 2 * 7 / 8 * size * (1 + 4 / block)
 
 
+def test_half_precision_is_rounded_as_float32_is():
+    x = jr.normal(jr.key(0), (8, 512)).astype(jnp.bfloat16)
+    y = reduced(make_mesh(), int8_wire(64))(x).astype(jnp.float32)
+    want = x.astype(jnp.float32).sum(0)
+    assert np.abs(y[0] - want).max() < 0.05 * np.abs(want).max()
+
+
+def test_integers_are_not_encoded():
+    with pytest.raises(ValueError, match="but this is int32. Send it plain"):
+        reduced(make_mesh(), int8_wire())(jnp.ones((8, 4), jnp.int32))
+
+
 def test_a_block_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="1 number or more, got 0"):
         int8_wire(0)

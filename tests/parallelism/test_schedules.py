@@ -56,6 +56,12 @@ def test_a_schedule_is_drawn_with_a_row_for_each_device():
     assert "Fb1" in text and "Ba0" in text
 
 
+@pytest.mark.parametrize("p", range(1, 17))
+def test_zero_bubble_is_idle_as_published_from_as_many_microbatches_as_devices(p):
+    for m in (p, p + 1, 2 * p + 1, 69):
+        assert zero_bubble(p, m).duration() == 3 * m + p - 1
+
+
 def changed(s, change):
     ops = [[list(lane) for lane in tick] for tick in s.ops]
     change(ops)
@@ -81,6 +87,14 @@ def twice(ops):
     ops[-1][0][0] = Op("F", 0, 1)
 
 
+def other(ops):
+    ops[-1][0][0] = Op("F", 0, 9)
+
+
+def shorter(ops):
+    del ops[-1][1]
+
+
 def elsewhere(ops):
     ops[0][0][0], ops[0][0][1] = None, ops[0][0][0]
 
@@ -91,12 +105,22 @@ def elsewhere(ops):
         (early, "tick 0 runs F of stage 1 on microbatch 0, but F of stage 0"),
         (lost, "B of stage 0 on microbatch 2 never runs"),
         (twice, "F of stage 0 on microbatch 1 once more"),
+        (other, "F of stage 0 on microbatch 9 is none of this schedule"),
+        (shorter, "every tick has as many lanes"),
         (elsewhere, "stage 0 is on device 0, but tick 0 runs .* on device 1"),
     ],
 )
 def test_a_wrong_table_is_found(change, said):
     with pytest.raises(ValueError, match=said):
         changed(one_f_one_b(2, 3), change).check()
+
+
+def test_an_empty_table_is_found():
+    with pytest.raises(ValueError, match="as many lanes"):
+        Schedule("empty", 2, 4, 1, ()).check()
+    forward_only = tuple(tick[:1] for tick in gpipe(1, 2).ops)
+    with pytest.raises(ValueError, match="B of stage 0 on microbatch 0 never runs"):
+        Schedule("no backward", 1, 2, 1, forward_only).check()
 
 
 def test_microbatches_may_come_in_any_order():

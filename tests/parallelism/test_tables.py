@@ -74,4 +74,8 @@ def test_alike_ticks_are_run_by_one_loop(m):
 
 def test_activations_go_on_as_long_as_some_stage_has_one_to_hand_on():
     p, m = 4, 16
-    assert make_table(one_f_one_b(p, m)).sent == (m + p - 2, m + p - 2)
+    table = make_table(one_f_one_b(p, m))
+    assert table.sent == table.needed == 2 * (m + p - 2)
+    # Where no two ticks are alike all are run as one, and send in each.
+    merged = make_table(zero_bubble(p, m))
+    assert merged.needed < merged.sent == 2 * zero_bubble(p, m).ticks

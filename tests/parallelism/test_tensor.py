@@ -203,6 +203,44 @@ def test_what_goes_along_a_dim_keeps_it_whole():
     assert "`cumsum` goes along it" in str(plan)
 
 
+def test_what_goes_along_another_dim_hinders_nothing():
+    def fn(w, x):
+        return jnp.cumsum(x @ w["in"], 0) @ w["out"]
+
+    params = {"in": jnp.ones((8, 12)), "out": jnp.ones((12, 6))}
+    plan = plan_tensor(fn, params, jnp.ones((2, 8)), devices=2)
+    assert (plan.specs["in"], plan.specs["out"]) == (COLUMNS, ROWS)
+
+
+def test_what_is_put_side_by_side_is_not_split():
+    def fn(w, x):
+        return jnp.concatenate([x @ w["a"], x @ w["b"]], -1)
+
+    params = {"a": jnp.ones((8, 12)), "b": jnp.ones((8, 12))}
+    plan = plan_tensor(fn, params, jnp.ones((2, 8)), devices=2)
+    assert plan.specs["a"][1] is None and "`concatenate` goes along it" in str(plan)
+
+
+def test_what_nobody_asked_for_costs_nothing():
+    def fn(w, x):
+        h = x @ w["in"]
+        h.sum(-1)
+        return h @ w["out"]
+
+    params = {"in": jnp.ones((8, 12)), "out": jnp.ones((12, 6))}
+    plan = plan_tensor(fn, params, jnp.ones((2, 8)), devices=2)
+    assert plan.forward == 2 * 6 * 4
+
+
+def test_a_plan_for_other_weights_is_an_error():
+    fn, params, x = problem("gpt")
+    plan = plan_tensor(fn, params, x, devices=2)
+    with pytest.raises(ValueError, match="the plan is for other weights"):
+        place({"other": jnp.ones(2)}, plan, make_mesh(tensor=2))
+    with pytest.raises(ValueError, match="matches none of the"):
+        shard(fn, params, x, mesh=make_mesh(), whole="params/typo")
+
+
 def test_what_xla_would_compute_wrongly_is_an_error():
     fn, params, x = problem("mobilenet")
     with pytest.raises(ValueError, match="shared over data, XLA gets the gradient"):

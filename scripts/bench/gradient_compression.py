@@ -1,0 +1,165 @@
+"""How well does a language model train when its gradients are sent in fewer bytes?
+
+    python scripts/bench/gradient_compression.py --data FILE
+
+Trains the same transformer on the same batches of a text, data parallel, with the mean
+of the gradient in full and compressed in each way, and compares the loss on the part of
+the text that was kept back. What each way sends is read from the compiled step, and has
+to be what the transform says. Each finished row is in `--output`, and a second run goes
+on from there. Exits 1 where something else is sent.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.random as jr
+import optax
+
+from jaxeff import data, parallelism
+from jaxeff.models import build
+from jaxeff.parallelism import audit, batch_sharding, Compression, make_mesh, replicate
+from jaxeff.program import table
+from jaxeff.training import fit, forms, init_state, make_train_step
+from jaxeff.training.cli import main
+from jaxeff.training.language import language_loss, nats_per_token
+from jaxeff.training.results import about, write_json
+
+WAYS: dict[str, Callable[..., Compression]] = {
+    "in full": parallelism.average,
+    "8 bits": functools.partial(parallelism.rounded, 8, block=1024),
+    "float8": functools.partial(parallelism.float8, block=1024),
+    "4 bits": functools.partial(parallelism.rounded, 4),
+    "1 bit": functools.partial(parallelism.rounded, 1),
+    "PowerSGD, rank 4": functools.partial(parallelism.powersgd, 4),
+    "top 1 %": functools.partial(parallelism.top_k, 0.01),
+    "random 5 %": functools.partial(parallelism.random_k, 0.05),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options."""
+
+    data: Path
+    """A text; its last tenth is kept back."""
+    ways: tuple[str, ...] = ()
+    """Only these; all by default."""
+    steps: int = 600
+    """Of training."""
+    batch_size: int = 64
+    """Windows of a step, over all devices."""
+    length: int = 64
+    """Tokens of a window."""
+    d_model: int = 128
+    """Width of the transformer."""
+    n_layers: int = 4
+    """Its layers."""
+    learning_rate: float = 2e-3
+    """Of AdamW, at its peak; a cosine takes it to zero."""
+    output: Path = Path("benchmarks/gradient_compression.json")
+    """JSON file for the results, and to go on from."""
+
+
+def measure(c: Config, name: str) -> dict[str, Any]:
+    """Trains with one way."""
+    mesh = make_mesh()
+    devices = mesh.shape["data"]
+    train, held_back = data.text(c.data)
+    model = build("gpt", vocab_size=256, d_model=c.d_model, n_layers=c.n_layers)
+    to = batch_sharding(mesh, c.batch_size)
+    batches = data.windows(train, c.batch_size, c.length)
+    first = next(batches)
+    params = jax.jit(model.init)(jr.key(0), first[:, :-1])
+    eval_fn, train_fn = forms(model, params)
+    compression = WAYS[name](devices=devices)
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, c.learning_rate, max(1, c.steps // 20), max(2, c.steps)
+    )
+    tx = optax.chain(compression, optax.adamw(rate))
+    step = make_train_step(language_loss(train_fn), tx, per_device=mesh)
+    state = init_state(params, tx, jr.key(1))
+    compiled = jax.jit(step).lower(state, jax.device_put(first, to)).compile()
+    # The loss, which every step averages too, is 4 bytes.
+    sent = audit(compiled, mesh).of(axes="data").sent - 2 * (devices - 1) / devices * 4
+    began = time.perf_counter()
+    state = fit(
+        step,
+        replicate(state, mesh),
+        data.prefetch(data.windows(train, c.batch_size, c.length), to),
+        steps=c.steps,
+    )
+    seconds = time.perf_counter() - began
+    fn = lambda params, tokens: eval_fn(params, tokens)
+    loss = nats_per_token(fn, jax.device_get(state.params), held_back, c.length)
+    return {
+        "way": name,
+        "loss": loss,
+        "sent": sent,
+        "said": compression.sent(params),
+        "seconds": seconds,
+    }
+
+
+def run(c: Config) -> None:
+    """Every row that is not there yet; then the table."""
+    if unknown := [name for name in c.ways if name not in WAYS]:
+        raise ValueError(
+            f"there is no way {unknown[0]!r}. Choose of: {', '.join(WAYS)}."
+        )
+    options = {
+        k: v for k, v in vars(c).items() if k not in ("data", "ways", "output")
+    } | {"devices": jax.device_count()}
+    found = json.loads(c.output.read_text()) if c.output.is_file() else {"rows": []}
+    if found["rows"] and found["options"] != options:
+        raise ValueError(
+            f"{c.output} holds rows made with {found['options']}, and now it is "
+            f"{options}. Name another --output."
+        )
+    rows = found["rows"]
+    done = {r["way"] for r in rows}
+    # The full gradient is what the others are compared with.
+    for name in dict.fromkeys(["in full", *(c.ways or WAYS)]):
+        if name in done:
+            continue
+        print(name, flush=True)
+        rows.append(measure(c, name))
+        write_json(c.output, about() | {"options": options, "rows": rows})
+    print(shown(rows))
+    wrong = [r["way"] for r in rows if abs(r["sent"] / r["said"] - 1) > 1e-6]
+    if wrong:
+        sys.exit(f"sent is something else than what is said: {', '.join(wrong)}")
+
+
+def shown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table."""
+    full = next(r for r in rows if r["way"] == "in full")
+    head = ("gradient", "", "loss", "more", "bytes a step", "fewer")
+    return table(
+        head,
+        [
+            (
+                r["way"],
+                "",
+                f"{r['loss']:.4f}",
+                f"{r['loss'] / full['loss'] - 1:+.2%}",
+                f"{r['sent']:,.0f}",
+                f"{full['sent'] / r['sent']:.1f}x",
+            )
+            for r in rows
+        ],
+    )
+
+
+if __name__ == "__main__":
+    # Before any backend starts.
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", 4)
+    main(run, Config, description=__doc__)
