@@ -97,8 +97,8 @@ def _forward(q: Any, k: Any, v: Any, axis: str, causal: bool, scale: float) -> A
     zero = jnp.zeros(rows, jnp.float32)
     # Its own block comes first: there every row has a key, and so a finite maximum.
     state = (zero + _NEVER, zero, jnp.zeros((*rows, d), jnp.float32))
-    *last, state = jax.lax.fori_loop(0, n - 1, step, (k, v, state))
-    best, total, out = turn(n - 1, *last, state)
+    k_now, v_now, state = jax.lax.fori_loop(0, n - 1, step, (k, v, state))
+    best, total, out = turn(n - 1, k_now, v_now, state)
     out = out / total[..., None]
     result = out.transpose(0, 3, 1, 2, 4).astype(q.dtype)
     return result, (q, k, v, result, best + jnp.log(total))
@@ -134,8 +134,8 @@ def _backward(axis: str, causal: bool, scale: float, kept: Any, g: Any) -> Any:
 
     zero = lambda x: jnp.zeros(x.shape, jnp.float32)
     state = zero(q), zero(k), zero(v)
-    *last, state = jax.lax.fori_loop(0, n - 1, step, (k, v, state))
-    dq, dk, dv = turn(n - 1, *last, state)
+    k_now, v_now, state = jax.lax.fori_loop(0, n - 1, step, (k, v, state))
+    dq, dk, dv = turn(n - 1, k_now, v_now, state)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
