@@ -87,8 +87,8 @@ def place_state(state: PyTree, mesh: Mesh, axis: str = "data") -> PyTree:
     return jax.tree.map(put, state, is_leaf=one)
 
 
-# (gradient as one vector, step, shared, own) -> (mean, shared, own)
-_Reduce = Callable[[Array, Array, Any, Any], tuple[Array, Any, Any]]
+# (gradient as one vector, step, own state) -> (mean, own state)
+_Reduce = Callable[[Array, Array, Any], tuple[Array, Any]]
 
 
 def _on_vector(
@@ -111,10 +111,10 @@ def _on_vector(
         _check_axis(axis, devices)
         flat, unravel = ravel_pytree(_wide(grads))
         own = jax.tree.map(lambda a: a[0], state.own.values)
-        mean, shared, own = reduce(flat, state.step, state.shared, own)
+        mean, own = reduce(flat, state.step, own)
         own = PerDevice(jax.tree.map(lambda a: a[None], own))
         mean = _like(unravel(mean), grads)
-        return mean, _State(state.step + 1, shared, own)
+        return mean, _State(state.step + 1, (), own)
 
     return Compression(init, update, lambda params: sent(_size(params)))
 
@@ -125,8 +125,10 @@ def average(*, devices: int, axis: str = "data") -> Compression:
     Args:
         devices: of the axis.
         axis: whose devices share the batch.
-    """
 
+    Raises:
+        ValueError: there is no device.
+    """
     _check_devices(devices)
 
     def update(grads, state, params=None):
@@ -208,7 +210,7 @@ def _both_ways(coder: _Coder, block: int, devices: int, axis: str) -> Compressio
     def start(size):
         return {"there": devices * piece(size), "back": piece(size)}
 
-    def reduce(flat, step, shared, own):
+    def reduce(flat, step, own):
         n, size = piece(flat.size), flat.size
         mine = own["there"] + jnp.pad(flat, (0, devices * n - size))
         out = coder.encode(mine.reshape(devices, n))
@@ -220,7 +222,7 @@ def _both_ways(coder: _Coder, block: int, devices: int, axis: str) -> Compressio
         back = mean - coder.decode(out)[0]
         gather = lambda a: jax.lax.all_gather(a, axis, tiled=True)
         whole = coder.decode(jax.tree.map(gather, out)).reshape(-1)[:size]
-        return whole, shared, {"there": there, "back": back}
+        return whole, {"there": there, "back": back}
 
     def sent(size):
         return 2 * (devices - 1) * coder.bytes(piece(size))
@@ -287,7 +289,7 @@ def top_k(fraction: float, *, devices: int, axis: str = "data") -> Compression:
     _check_fraction(fraction)
     count = lambda size: max(1, round(fraction * size))
 
-    def reduce(flat, step, shared, own):
+    def reduce(flat, step, own):
         mine = own + flat
         _, at = jax.lax.top_k(jnp.abs(mine), count(flat.size))
         values = mine[at]
@@ -295,7 +297,7 @@ def top_k(fraction: float, *, devices: int, axis: str = "data") -> Compression:
             jax.lax.all_gather(a, axis, tiled=True) for a in (at, values)
         )
         mean = jnp.zeros_like(flat).at[all_at].add(all_values / devices)
-        return mean, shared, mine.at[at].set(0.0)
+        return mean, mine.at[at].set(0.0)
 
     sent = lambda size: (devices - 1) * count(size) * 8
     return _on_vector(axis, devices, lambda size: size, reduce, sent)
@@ -318,12 +320,12 @@ def random_k(
     _check_fraction(fraction)
     count = lambda size: max(1, round(fraction * size))
 
-    def reduce(flat, step, shared, own):
+    def reduce(flat, step, own):
         mine = own + flat
         key = jr.fold_in(jr.key(seed), step)
         at = jr.choice(key, flat.size, (count(flat.size),), replace=False)
         values = jax.lax.pmean(mine[at], axis)
-        return jnp.zeros_like(flat).at[at].set(values), shared, mine.at[at].set(0.0)
+        return jnp.zeros_like(flat).at[at].set(values), mine.at[at].set(0.0)
 
     sent = lambda size: 2 * (devices - 1) / devices * count(size) * 4
     return _on_vector(axis, devices, lambda size: size, reduce, sent)

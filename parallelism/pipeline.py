@@ -27,9 +27,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Bool, Int, PyTree
 
+from jaxeff.program import halves
 from jaxeff.tree import pytree
 
-from .halves import halves
 from .schedules import Schedule
 from .tables import KINDS, make_table, Row
 
@@ -294,7 +294,7 @@ def _run(
                 )
             return y if min(cut.sizes) == most else jnp.where(at < count, y, x)
 
-        if model.remat and not model.in_two:
+        if model.remat:
             return jax.lax.scan(
                 lambda x, of: (layer(x, of), None), x, (jnp.arange(most), weights)
             )[0]
@@ -363,7 +363,9 @@ def _run(
                 argnums=(0, 1),
             )(ends, y)
             of_ends = jax.tree.map(jnp.add, state.of_ends, of_ends)
-            return state._replace(of_ends=of_ends, loss=state.loss + loss), g
+            return state._replace(
+                of_ends=of_ends, loss=state.loss + loss.astype(jnp.float32)
+            ), g
 
         here = state.cotangents[row.cotangent]
         is_last = row.chunk * p + device == last

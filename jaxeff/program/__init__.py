@@ -9,16 +9,11 @@ from .calibrate import (
 from .call import Call as Call, Rewritten as Rewritten
 from .columns import change_columns as change_columns
 from .costs import Cost as Cost, Costs as Costs
-from .couplings import (
-    Coupling as Coupling,
-    Couplings as Couplings,
-    couplings_of as couplings_of,
-    solved as solved,
-)
-from .dims import atoms as atoms, Dim as Dim, find as find
+from .couplings import Coupling as Coupling, Couplings as Couplings
+from .cuts import Cut as Cut, Cuts as Cuts
 from .files import write_file as write_file
-from .flops import equation_flops as equation_flops, MATMULS as MATMULS
 from .functional import functional as functional
+from .halves import Halves as Halves, halves as halves
 from .interpret import bind as bind, Interpreter as Interpreter, rebuilt as rebuilt
 from .leaf import (
     Conv as Conv,
@@ -65,7 +60,6 @@ from .slicing import (
     keep_indices as keep_indices,
     zero_indices as zero_indices,
 )
-from .solve import Solver as Solver
 from .table import notes as notes, table as table
 from .trace import Program as Program, trace as trace
 from .uses import Candidate as Candidate, find_uses as find_uses, Part as Part

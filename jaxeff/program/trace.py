@@ -11,6 +11,7 @@ from jaxeff import tree
 from .call import Call
 from .costs import Costs, count
 from .couplings import Couplings, find_couplings
+from .cuts import Cuts, find_cuts
 from .leaf import packed
 from .scalings import find_scalings, Scaling
 from .sites import find_scales, find_sites, Site
@@ -53,6 +54,11 @@ class Program:
     def couplings(self) -> Couplings:
         """Which dims of which weights must change together."""
         return find_couplings(self.jaxpr, self.weights)
+
+    @functools.cached_property
+    def cuts(self) -> Cuts:
+        """What cutting each coupling over devices would split and send."""
+        return find_cuts(self.jaxpr, self.weights)
 
     @functools.cached_property
     def scalings(self) -> list[Scaling]:

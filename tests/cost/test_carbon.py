@@ -65,7 +65,7 @@ def folder_of_tables(tmp_path, mix, clouds=None):
 
 
 def test_a_folder_of_tables_is_read_past_its_byte_order_mark(tmp_path):
-    mix = {"XXX": {"carbon_intensity": 12.5, "country_name": "Nowhere", "year": 2001}}
+    mix = {"ZZZ": {"carbon_intensity": 12.5, "country_name": "Nowhere", "year": 2001}}
     cloud = {"provider": "p", "region": "r", "impact": "7", "source": "s"}
     table = load_intensities(folder_of_tables(tmp_path, mix, [cloud]))
     assert intensity("nowhere", table).grams_per_kwh == 12.5
@@ -79,7 +79,7 @@ def test_a_folder_without_tables_or_with_broken_ones_is_refused(tmp_path):
     (tmp_path / "global_energy_mix.json.gz").write_bytes(b"\x1f\x8b broken")
     with pytest.raises(ValueError, match="cannot be read"):
         load_intensities(tmp_path)
-    folder_of_tables(tmp_path, {"XXX": {"year": 2001}})
+    folder_of_tables(tmp_path, {"ZZZ": {"year": 2001}})
     with pytest.raises(ValueError, match="cannot be read"):
         load_intensities(tmp_path)
 

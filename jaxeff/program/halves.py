@@ -1,7 +1,7 @@
 """A function's forward and backward as programs of their own, to run them apart.
 
-Between its forward and its backward, a microbatch leaves behind what the backward
-needs. Of that, only what hangs on the data is kept: weights, and what is computed from
+Between the two, a forward leaves behind what its backward needs (in a pipeline for many
+steps). Of that, only what hangs on the data is kept: weights, and what is computed from
 weights alone (as their cast to bfloat16), are there anyway. The backward can be cut
 once more: first the gradient of the input, later that of the weights.
 
@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, JaxprEqn, Literal, Var
 from jaxtyping import Array, PyTree
 
-from jaxeff.program import bind, bodies
+from .interpret import bind
+from .walk import bodies, needed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,9 +191,11 @@ def _cut(
 ) -> tuple[tuple[JaxprEqn, ...], tuple[JaxprEqn, ...], tuple[Var, ...]]:
     """The equations of the last output, those left for the others, what is between."""
     inner = back.jaxpr
-    *others, last = inner.outvars
-    first = _needed(inner.eqns, [last])
-    second = [e for e in _needed(inner.eqns, others) if not any(e is f for f in first)]
+    *others, _ = inner.outvars
+    of = lambda last: [last] * len(others)
+    ahead = [i for i, _ in needed(back, [*of(False), True])[0]]
+    rest = [i for i, _ in needed(back, [*of(True), False])[0] if i not in {*ahead}]
+    first, second = ([inner.eqns[i] for i in at] for at in (ahead, rest))
     there = {*inner.constvars, *inner.invars[:residuals]}
     there.update(v for e in second for v in e.outvars)
     wanted = [v for e in second for v in e.invars] + list(others)
@@ -202,16 +205,6 @@ def _cut(
         if v not in there
     ]
     return tuple(first), tuple(second), tuple(between)
-
-
-def _needed(eqns: Sequence[JaxprEqn], wanted: Sequence[Any]) -> list[JaxprEqn]:
-    need = {v for v in wanted if not isinstance(v, Literal)}
-    found = []
-    for eqn in reversed(eqns):
-        if any(v in need for v in eqn.outvars):
-            found.append(eqn)
-            need.update(v for v in eqn.invars if not isinstance(v, Literal))
-    return found[::-1]
 
 
 def _run(eqns: Sequence[JaxprEqn], values: dict[Var, Any]) -> None:

@@ -4,7 +4,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from jaxeff.parallelism.halves import halves
+from jaxeff.program import halves
 
 
 def layer(w, x, key):
