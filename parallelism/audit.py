@@ -43,7 +43,7 @@ class Collective:
     Attributes:
         kind: as XLA names it.
         axes: of the mesh, that a group spans; empty where it spans no whole axes.
-        group: devices in each group.
+        group: devices in each group; 2 of a permute, who sends and who gets.
         bytes: of the array on each device: what is reduced, scattered or sent, and
             for an all-gather what is gathered.
         count: how often it runs in one call of the program.

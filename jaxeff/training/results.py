@@ -49,3 +49,25 @@ def write_json(path: str | Path, value: Any) -> None:
     """Writes a JSON file, whole or not at all; its folder is made where missing."""
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     write_file(path, lambda file: file.write(text.encode()))
+
+
+def rows_so_far(path: str | Path, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a results file, for a benchmark that goes on from there.
+
+    Args:
+        path: of a file `{"options": ..., "rows": [...]}`; none has no rows.
+        options: all that decides a row's numbers.
+
+    Raises:
+        ValueError: the file was begun with other options.
+    """
+    path = Path(path)
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    # As they come back from a file: its lists may have been tuples.
+    now = json.loads(json.dumps(options))
+    if found and found["options"] != now:
+        raise ValueError(
+            f"{path} holds rows made with {found['options']}, and now it is {now}. "
+            "Name another --output."
+        )
+    return found.get("rows", [])

@@ -11,7 +11,6 @@ on from there. Exits 1 where something else is sent.
 
 import dataclasses
 import functools
-import json
 import os
 import sys
 import time
@@ -30,7 +29,7 @@ from jaxeff.program import table
 from jaxeff.training import fit, forms, init_state, make_train_step
 from jaxeff.training.cli import main
 from jaxeff.training.language import language_loss, nats_per_token
-from jaxeff.training.results import about, write_json
+from jaxeff.training.results import about, rows_so_far, write_json
 
 WAYS: dict[str, Callable[..., Compression]] = {
     "in full": parallelism.average,
@@ -117,13 +116,7 @@ def run(c: Config) -> None:
     options = {
         k: v for k, v in vars(c).items() if k not in ("data", "ways", "output")
     } | {"devices": jax.device_count()}
-    found = json.loads(c.output.read_text()) if c.output.is_file() else {"rows": []}
-    if found["rows"] and found["options"] != options:
-        raise ValueError(
-            f"{c.output} holds rows made with {found['options']}, and now it is "
-            f"{options}. Name another --output."
-        )
-    rows = found["rows"]
+    rows = rows_so_far(c.output, options)
     done = {r["way"] for r in rows}
     # The full gradient is what the others are compared with.
     for name in dict.fromkeys(["in full", *(c.ways or WAYS)]):

@@ -15,7 +15,6 @@ DIR holds stories260k, tiny_shakespeare, resnet20_cifar10 and cifar10.
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +40,7 @@ from jaxeff.training import (
     make_train_step,
 )
 from jaxeff.training.cli import main
-from jaxeff.training.results import about, write_json
+from jaxeff.training.results import about, rows_so_far, write_json
 from scripts.bench.subjects import perplexity, Pictures, resnet20, stories
 
 NEAREST: dict[str, Callable] = {
@@ -184,17 +183,10 @@ class Table:
 
     def __init__(self, c: Config):
         self.c = c
-        path = c.output
-        found = json.loads(path.read_text()) if path.is_file() else {}
         other = ("data", "only", "output")
         given = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)}
         self.options = {n: x for n, x in given.items() if n not in other}
-        if found and found["options"] != self.options:
-            raise ValueError(
-                f"{path} holds rows made with {found['options']}, and now it is "
-                f"{self.options}. Name another --output."
-            )
-        self.rows: list[dict[str, Any]] = found.get("rows", [])
+        self.rows = rows_so_far(c.output, self.options)
 
     def wants(self, subject: str) -> bool:
         """Whether that is asked for."""

@@ -13,7 +13,6 @@ over the seeds. Each finished row is in `--output`, and a second run goes on fro
 """
 
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -38,7 +37,7 @@ from jaxeff.training import (
     make_train_step,
 )
 from jaxeff.training.cli import main
-from jaxeff.training.results import about, write_json
+from jaxeff.training.results import about, rows_so_far, write_json
 
 # How the trained ResNet-20 wants its input: the usual statistics of ImageNet.
 INPUT = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -277,13 +276,7 @@ def run(c: Config) -> None:
         "temperature": c.temperature,
         "mixup": c.mixup,
     }
-    found = json.loads(c.output.read_text()) if c.output.is_file() else {"rows": []}
-    if found["rows"] and found["options"] != options:
-        raise ValueError(
-            f"{c.output} holds rows made with {found['options']}, and now it is "
-            f"{options}. Name another --output."
-        )
-    rows = found["rows"]
+    rows = rows_so_far(c.output, options)
     done = {
         tuple(r[k] for k in ("score", "scope", "only", "epochs", "seed")) for r in rows
     }
