@@ -1,6 +1,7 @@
 """Meshes, and the ways to spread one model over many devices."""
 
 from .audit import Audit as Audit, audit as audit, Collective as Collective
+from .balance import balance as balance
 from .compression import (
     average as average,
     averages as averages,
@@ -20,6 +21,13 @@ from .data_parallel import (
     shard_batch as shard_batch,
 )
 from .experts import Mixed as Mixed, mixture_of_experts as mixture_of_experts
+from .layers import (
+    layer_parallel as layer_parallel,
+    Layered as Layered,
+    LayerParallel as LayerParallel,
+    LayerPlan as LayerPlan,
+    plan_layers as plan_layers,
+)
 from .mesh import make_mesh as make_mesh
 from .pipeline import (
     key_of as key_of,

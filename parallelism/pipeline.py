@@ -27,9 +27,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Bool, Int, PyTree
 
-from jaxeff.program import halves
+from jaxeff.program import halves, trace
 from jaxeff.tree import pytree
 
+from .balance import balance
 from .schedules import Schedule
 from .tables import KINDS, make_table, Row
 
@@ -77,6 +78,41 @@ class Stages:
                 f"each of the {stages} stages has 1 layer or more, got {self.sizes}. "
                 "Give a number for each, or at least as many layers as stages."
             )
+
+    @classmethod
+    def balanced(
+        cls,
+        schedule: Schedule,
+        embed: Callable,
+        block: Callable,
+        head: Callable,
+        ends: PyTree,
+        blocks: PyTree,
+        batch: Any,
+        key: Any = None,
+    ) -> "Stages":
+        """As many layers for each stage as make the heaviest as light as can be.
+
+        The first stage has the embedding too, and the last the head. All take the time
+        of the heaviest, as each tick of a schedule does. FLOPs are counted on the trace
+        of one layer; nothing is computed, and arrays may be given as shapes.
+
+        Args:
+            schedule: with its number of stages.
+            embed, block, head, ends, batch, key: as of `pipeline`.
+            blocks: stacked layers, (layers, ...) each.
+
+        Raises:
+            ValueError: there are fewer layers than stages.
+        """
+        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), blocks)
+        layers = jax.tree.leaves(blocks)[0].shape[0]
+        x = jax.eval_shape(embed, ends, batch, key)
+        cost = lambda fn, *given: trace(fn, *given).costs.flops
+        costs = [cost(block, one, x, key)] * layers
+        costs[0] += cost(embed, ends, batch, key)
+        costs[-1] += cost(head, ends, x, batch)
+        return cls(schedule, balance(costs, schedule.stages))
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -7,6 +7,12 @@ from .calibrate import (
     squares as squares,
 )
 from .call import Call as Call, Rewritten as Rewritten
+from .chain import (
+    Chain as Chain,
+    Crossing as Crossing,
+    Piece as Piece,
+    WeightPart as WeightPart,
+)
 from .columns import change_columns as change_columns
 from .costs import Cost as Cost, Costs as Costs
 from .couplings import Coupling as Coupling, Couplings as Couplings

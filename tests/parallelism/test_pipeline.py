@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -281,6 +283,26 @@ def test_layers_come_back_as_they_were():
 def test_a_stage_without_a_layer_is_an_error(layers):
     with pytest.raises(ValueError, match="each of the 4 stages has 1 layer or more"):
         Stages(one_f_one_b(4, 4), layers)
+
+
+@pytest.mark.parametrize("vocabulary", [8, VOCAB, 512])
+def test_no_other_lengths_of_stages_are_better_balanced(vocabulary):
+    _, blocks, tokens = problem()
+    ends = {"embed": jnp.ones((vocabulary, WIDTH)), "bias": jnp.zeros(vocabulary)}
+    found = Stages.balanced(
+        one_f_one_b(4, 8), embed, block, head, ends, blocks, tokens
+    ).sizes
+    layer = 2 * 2 * WIDTH * 4 * WIDTH * EXAMPLES * LENGTH
+    after = 2 * vocabulary * WIDTH * EXAMPLES * LENGTH
+
+    def heaviest(sizes):
+        return max(*(n * layer for n in sizes), sizes[-1] * layer + after)
+
+    ends_of = itertools.combinations(range(1, LAYERS), 3)
+    others = [np.diff([0, *e, LAYERS]).tolist() for e in ends_of]
+    assert sum(found) == LAYERS
+    # Only products are counted here.
+    assert heaviest(found) <= 1.05 * min(map(heaviest, others))
 
 
 def test_sizes_that_do_not_fit_are_an_error():

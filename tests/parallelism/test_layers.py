@@ -1,0 +1,174 @@
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxeff import quantization, tree
+from jaxeff.models import build, UNet
+from jaxeff.parallelism import (
+    audit,
+    batch_sharding,
+    layer_parallel,
+    make_mesh,
+    plan_layers,
+)
+from jaxeff.program import lift
+from jaxeff.training import forms
+
+WORDS = {"vocab_size": 64, "d_model": 32, "n_layers": 4, "n_heads": 4}
+GROUPED = {**WORDS, "n_kv_heads": 2, "hidden": 64}
+tokens = lambda: jnp.arange(64).reshape(4, 16) % 64
+images = lambda: jr.normal(jr.key(1), (4, 32, 32, 3))
+MODELS = {
+    "gpt": (lambda: build("gpt", **WORDS), tokens),
+    "bert": (lambda: build("bert", **WORDS), tokens),
+    "llama": (lambda: build("llama", **GROUPED), tokens),
+    "llama scanned": (lambda: build("llama", **GROUPED, scan=True), tokens),
+    "vit": (lambda: build("vit", d_model=32, n_heads=4, n_layers=4), images),
+    "resnet20": (lambda: build("resnet20"), images),
+    "mobilenet": (lambda: build("mobilenet"), images),
+}
+SLOW = {
+    f"test_value_gradient_and_ten_steps_are_those_of_one_device[{name}]"
+    for name in ("bert", "llama", "vit", "resnet20", "mobilenet")
+} | {"test_running_averages_come_from_the_device_that_has_the_layer"}
+
+
+def problem(name):
+    make, data = MODELS[name]
+    model, x = make(), data()
+    params = jax.jit(model.init)(jr.key(0), x)
+    return (lambda params, x: (model.apply(params, x) ** 2).mean()), params, x
+
+
+def near(got, want, rel=1e-5):
+    most = max(np.abs(a).max() for a in jax.tree.leaves(want))
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rel, atol=rel * most)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_value_gradient_and_ten_steps_are_those_of_one_device(name):
+    loss, params, x = problem(name)
+    mesh = make_mesh(pipe=4, data=2)
+    layered, weights = layer_parallel(loss, params, x, mesh=mesh)
+    near(layered.join(weights), params, rel=0)
+    shared = jax.device_put(x, batch_sharding(mesh, len(x)))
+    value, grads = jax.jit(jax.value_and_grad(layered))(weights, shared)
+    expected = jax.jit(jax.value_and_grad(loss))(params, x)
+    near((value, layered.join(grads)), expected)
+
+    tx = optax.sgd(1e-2, momentum=0.9)
+    got = ten_steps(layered, tx, weights, shared)
+    near(layered.join(got), ten_steps(loss, tx, params, x), rel=3e-5)
+
+
+def ten_steps(loss, tx, params, x):
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params, x), state)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(10):
+        params, state = jax.block_until_ready(step(params, state))
+    return params
+
+
+def test_one_activation_crosses_each_way_and_weights_are_shared_out():
+    loss, params, x = problem("llama")
+    mesh = make_mesh(pipe=4, data=1, devices=jax.devices()[:4])
+    layered, weights = layer_parallel(loss, params, x, mesh=mesh)
+    activation = 4 * 16 * 32 * 4
+    assert layered.plan.sends == (activation, activation, activation, 0)
+    ahead = audit(jax.jit(layered).lower(weights, x).compile(), mesh)
+    assert ahead.of("collective-permute", "pipe").bytes == 3 * activation
+    both = audit(jax.jit(jax.grad(layered)).lower(weights, x).compile(), mesh)
+    assert both.of("collective-permute", "pipe").bytes == 6 * activation
+    (row,) = weights.pieces.values()
+    assert row.sharding.spec == P("pipe") and not weights.shared
+    assert row.shape[1] * 4 == max(layered.plan.weights)
+
+
+def test_a_tied_embedding_is_one_weight():
+    loss, params, x = problem("gpt")
+    plan = plan_layers(loss, params, x, pieces=2)
+    assert plan.shared == 64 * 32 * 4
+    assert "on every device" in str(plan)
+
+
+def test_the_heaviest_piece_is_as_light_as_can_be():
+    loss, params, x = problem("llama")
+    everywhere = plan_layers(loss, params, x, pieces=4, slack=0)
+    cheaper = plan_layers(loss, params, x, pieces=4, slack=0.05)
+    assert max(cheaper.flops) <= 1.05 * max(everywhere.flops)
+    assert sum(everywhere.flops) == sum(cheaper.flops)
+    assert everywhere.unbalance < 0.2
+
+
+def test_layers_of_a_scan_are_cut_one_by_one():
+    stacked = plan_layers(*problem("llama scanned"), pieces=4)
+    apart = plan_layers(*problem("llama"), pieces=4)
+    assert stacked.flops == apart.flops and stacked.weights == apart.weights
+
+
+def test_running_averages_come_from_the_device_that_has_the_layer():
+    model, x = build("resnet20"), images()
+    params = jax.jit(model.init)(jr.key(0), x)
+    _, fn = forms(model, params)
+    mesh = make_mesh(pipe=4, data=2)
+    layered, weights = layer_parallel(fn, params, x, mesh=mesh)
+    shared = jax.device_put(x, batch_sharding(mesh, len(x)))
+    near(jax.jit(layered)(weights, shared), jax.jit(fn)(params, x))
+
+
+def test_random_keys_are_the_same_as_on_one_device():
+    def fn(params, x, key):
+        for w, k in zip(params, jr.split(key, 4), strict=True):
+            x = jnp.where(jr.bernoulli(k, 0.5, x.shape), jnp.tanh(x @ w), 0)
+        return x
+
+    params = [jr.normal(jr.key(i), (16, 16)) for i in range(4)]
+    x, key = jnp.ones((8, 16)), jr.key(9)
+    layered, weights = layer_parallel(fn, params, x, key, mesh=make_mesh(pipe=4))
+    near(layered(weights, x, key), fn(params, x, key))
+
+
+def test_compressed_weights_stay_compressed():
+    loss, params, x = problem("gpt")
+    fn, small = quantization.quantize(loss, params, x, formats=quantization.int8)
+    layered, weights = layer_parallel(fn, small, x, mesh=make_mesh(pipe=4))
+    assert "int8" in weights.pieces
+    near(layered(weights, x), lift(fn)(small, x))
+    kept, back = (tree.paths(p) for p in (small, layered.join(weights)))
+    assert kept.keys() == back.keys()
+
+
+def test_other_batches_fit_and_other_programs_do_not():
+    loss, params, x = problem("gpt")
+    layered, weights = layer_parallel(loss, params, x, mesh=make_mesh(pipe=4))
+    near(layered(weights, x[:2]), loss(params, x[:2]))
+    twice = lambda p, x, y=None: loss(p, x) + (0.0 if y is None else loss(p, y))
+    layered, weights = layer_parallel(twice, params, x, mesh=make_mesh(pipe=4))
+    with pytest.raises(ValueError, match="steps, but .* where it was cut"):
+        layered(weights, x, x)
+
+
+def test_skips_that_cross_everywhere_are_refused_with_their_number():
+    model, x = UNet(), images()
+    params = jax.eval_shape(model.init, jr.key(0), x)
+    with pytest.raises(ValueError, match="can't be cut into 64 pieces"):
+        plan_layers(model.apply, params, x, pieces=64)
+    few = plan_layers(model.apply, params, x, pieces=4, crossing=3)
+    assert few.unbalance < plan_layers(model.apply, params, x, pieces=4).unbalance
+
+
+def test_a_plan_is_for_as_many_devices_as_it_has_pieces():
+    loss, params, x = problem("gpt")
+    plan = plan_layers(loss, params, x, pieces=2)
+    with pytest.raises(ValueError, match="plan has 2 pieces, but the axis pipe"):
+        layer_parallel(loss, params, x, mesh=make_mesh(pipe=4), plan=plan)
