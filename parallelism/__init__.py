@@ -21,6 +21,7 @@ from .data_parallel import (
     shard_batch as shard_batch,
 )
 from .experts import Mixed as Mixed, mixture_of_experts as mixture_of_experts
+from .fully_sharded import fully_shard as fully_shard
 from .layers import (
     layer_parallel as layer_parallel,
     Layered as Layered,

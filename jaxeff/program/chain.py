@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from .call import Call
 from .flops import equation_flops, MATMULS
 from .lift import unlift
-from .sites import follow, weight_origins
+from .scanned import find_scanned
 from .source import source_line
 from .straight import run_step, Step, Straight
-from .walk import bodies, equations, Where
+from .walk import bodies, equations
 
 
 class WeightPart(NamedTuple):
@@ -97,7 +97,7 @@ class Chain:
     def __init__(self, fn: Callable, params: Any, args: Sequence, kwargs: dict):
         """Traces `fn(params, *args, **kwargs)`; arrays may be given as shapes."""
         self.call = Call(unlift(fn), params, args, kwargs)
-        layers = _layer_scans(self.call)
+        _, layers = find_scanned(self.call.jaxpr, self.call.weights)
         self._line = Straight(self.call.jaxpr, lambda where: where in layers)
         self._made = {n: i for i, s in enumerate(self._line.steps) for n in s.outs}
         numbers = zip(self._line.inputs, self.call.weights, strict=True)
@@ -308,19 +308,6 @@ class Chain:
             return self._line.constants[number]
         at = self._line.inputs.index(number)
         return self.call.jaxpr.in_avals[at]
-
-
-def _layer_scans(call: Call) -> set[Where]:
-    """The scans that take slices of weights, and all that holds one."""
-    found: set[Where] = set()
-
-    def visit(where, eqn, origins, times):
-        for body in bodies(eqn, where):
-            if body.kind == "scan" and any(origins[j] for j in body.stacked):
-                found.update(where[:n] for n in range(1, len(where) + 1))
-
-    follow(call.jaxpr, weight_origins(call.jaxpr, call.weights), visit)
-    return found
 
 
 def _inside(step: Step) -> list[tuple[Any, int]]:

@@ -14,6 +14,7 @@ from .couplings import Couplings, find_couplings
 from .cuts import Cuts, find_cuts
 from .leaf import packed
 from .scalings import find_scalings, Scaling
+from .scanned import find_scanned
 from .sites import find_scales, find_sites, Site
 from .table import table
 
@@ -59,6 +60,11 @@ class Program:
     def cuts(self) -> Cuts:
         """What cutting each coupling over devices would split and send."""
         return find_cuts(self.jaxpr, self.weights)
+
+    @functools.cached_property
+    def scanned(self) -> dict[str, set[int]]:
+        """By path the dims of weights along which scans take slices, layer by layer."""
+        return find_scanned(self.jaxpr, self.weights)[0]
 
     @functools.cached_property
     def scalings(self) -> list[Scaling]:
