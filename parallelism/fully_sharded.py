@@ -117,7 +117,10 @@ class _InParts(Leaf):
         if self.compressed:
             return compressed(self.whole(), x)
         run = lambda x, w: plain(x, w.whole())
-        return jax.checkpoint(run)(x, self)
+        # Of a slice, forward and backward are loops of their own. Elsewhere the
+        # compiler would keep what was gathered first, to save the second time.
+        sliced = self.ndim < len(self.stored[0])
+        return jax.checkpoint(run, prevent_cse=not sliced)(x, self)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # `jit` wants a hash

@@ -67,6 +67,7 @@ MAY_CHANGE = {"data_dir", "steps", "epochs", "output", "resume", "tensorboard"} 
     "checkpoint_every",
     "log_every",
     "eval_every",
+    "timeout",
 }
 
 
@@ -113,6 +114,9 @@ class Config:
     """Steps between two lines of metrics.jsonl."""
     eval_every: int | None = None
     """Steps between two evaluations; one is made at the end in any case."""
+    timeout: float = 600
+    """Seconds without a finished step after which a process of several ends, as another
+    is stuck or gone; the first step may take ten times as long."""
     tensorboard: bool = False
     """Write TensorBoard events too, into --output/tensorboard."""
 
@@ -246,7 +250,7 @@ def check_numbers(c: Config) -> None:
     for name in (*counts, *intervals):
         if (value := getattr(c, name)) is not None and value < 1:
             raise ValueError(f"{option_name(name)} is 1 or more, got {value}.")
-    for name in ("learning_rate", "clip"):
+    for name in ("learning_rate", "clip", "timeout"):
         if not (value := getattr(c, name)) > 0:
             raise ValueError(f"{option_name(name)} is above 0, got {value}.")
     if c.epochs is not None and c.data == "text":
@@ -358,6 +362,7 @@ def run(c: Config) -> None:
                 checkpoint_every=c.checkpoint_every,
                 eval_fn=functools.partial(task.evaluate, eval_fn),
                 eval_every=c.eval_every,
+                timeout=c.timeout if jax.process_count() > 1 else None,
             )
     about = {"model": c.model, "data": c.data, "sizes": sizes(c.sizes), "steps": steps}
     save_model(c.output / "model", model.apply, state.params, about, overwrite=True)

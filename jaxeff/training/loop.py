@@ -7,7 +7,9 @@ loss of every step, so it knows exactly where a run went wrong.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ from .checkpoint import Checkpoints
 from .metrics import Metrics
 from .progress import Progress
 from .step import TrainState
+from .watchdog import Watchdog
 
 # Steps that may be queued while the host reads the metrics of an older one. With 2,
 # `fit` measured 3 % slower on a busy machine than with 8; each holds its batch.
@@ -62,6 +65,7 @@ def fit(
     checkpoint_every: int | None = None,
     eval_fn: Callable[[PyTree], Mapping[str, float]] | None = None,
     eval_every: int | None = None,
+    timeout: float | int | None = None,
 ) -> TrainState:
     """Trains until `steps` steps were taken in all, from wherever `state` is.
 
@@ -81,6 +85,10 @@ def fit(
         eval_fn: `eval_fn(params) -> metrics`, called at the end and every
             `eval_every` steps.
         eval_every: steps between two evaluations.
+        timeout: seconds without a finished step after which the process ends, with one
+            line on stderr and status 75 (try again); for jobs of several processes,
+            one of which may be gone or stuck. The first step, a checkpoint and an
+            evaluation may take ten times as long. None waits for ever.
 
     Raises:
         NonFiniteLoss: the loss, or a weight about to be saved, is inf or nan. The
@@ -100,7 +108,10 @@ def fit(
     due = lambda n, every: n == steps or (every is not None and n % every == 0)
     stream = iter(batches)
     queued: deque[tuple[int, int, Mapping[str, Any]]] = deque()
-    with Progress(steps, start_step=first, enabled=progress) as shown:
+    with (
+        _guarded(timeout, checkpoint) as guard,
+        Progress(steps, start_step=first, enabled=progress) as shown,
+    ):
         log = _Log(shown, metrics, checkpoint, log_every, steps)
         for n in range(first + 1, steps + 1):
             try:
@@ -121,14 +132,90 @@ def fit(
             pause = save_to is not None or evaluate is not None or n == steps
             while len(queued) > (0 if pause else LAG):
                 log.step(*queued.popleft())
+                guard.finished(log.last)
             if pause:
-                with shown.pause():
+                with shown.pause(), guard.seldom():
                     _save(save_to, state, n)
                     if evaluate is not None:
                         log.evaluation(n, evaluate(state.params))
-    if checkpoint is not None:
-        checkpoint.wait()
+        if checkpoint is not None:
+            with guard.seldom():
+                checkpoint.wait()
     return state
+
+
+class _Guard:
+    """What watches a loop; this one does nothing."""
+
+    def finished(self, step: int) -> None:
+        """A step is done."""
+
+    def seldom(self) -> AbstractContextManager:
+        """What is done inside takes longer."""
+        return nullcontext()
+
+
+class _Timed(_Guard):
+    """Ends the process where no step ends, or where another process has gone."""
+
+    def __init__(self, seconds: float | int, checkpoint: Checkpoints | None):
+        self.seconds, self.checkpoint, self.last = seconds, checkpoint, 0
+        self.watchdog = Watchdog(seconds, self._stuck)
+
+    def finished(self, step: int) -> None:
+        self.last = step
+        self.watchdog.heard()
+
+    def seldom(self) -> AbstractContextManager:
+        return self.watchdog.seldom()
+
+    def gone(self, error: Exception) -> None:
+        """Ends this process, as it can't go on without the others."""
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        self.watchdog.end(
+            f"the processes of a job have to answer each other, but after step "
+            f"{self.last} one did not ({said[:120]}). {self._kept()}"
+        )
+
+    def _stuck(self) -> str:
+        return (
+            f"a step has to end within {self.seconds:g} s, but after step {self.last} "
+            f"none did: a process of the job is stuck or gone. {self._kept()}"
+        )
+
+    def _kept(self) -> str:
+        # Not `latest()`, which may ask the other processes.
+        if self.checkpoint is None:
+            return "No checkpoint was kept."
+        steps = [int(p.name) for p in self.checkpoint.folder.glob("*") if _whole(p)]
+        if not steps:
+            return f"There is no checkpoint in {self.checkpoint.folder} yet."
+        return (
+            f"The last checkpoint is step {max(steps)} in {self.checkpoint.folder}: "
+            "go on from there."
+        )
+
+
+def _whole(folder: Path) -> bool:
+    """Whether it is a checkpoint; those being written have another name."""
+    return folder.name.isdecimal()
+
+
+@contextmanager
+def _guarded(
+    timeout: float | int | None, checkpoint: Checkpoints | None
+) -> Iterator[_Guard]:
+    if timeout is None:
+        yield _Guard()
+        return
+    guard = _Timed(timeout, checkpoint)
+    with guard.watchdog:
+        try:
+            yield guard
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            guard.gone(error)
 
 
 _finite = jax.jit(all_finite)
@@ -157,6 +244,7 @@ class _Log:
         self.shown, self.metrics, self.checkpoint = shown, metrics, checkpoint
         self.log_every, self.steps = log_every, steps
         self.skipped = 0  # steps in a row
+        self.last = 0  # step
 
     def step(self, n: int, examples: int, values: Mapping[str, Any]) -> None:
         numbers = {name: float(value) for name, value in values.items()}
@@ -167,6 +255,7 @@ class _Log:
         if not math.isfinite(numbers["loss"]) and not self.skipped:
             what = f"the loss is {numbers['loss']}"
             raise NonFiniteLoss(what, n, self.checkpoint)
+        self.last = n
         self.shown.update(n, numbers["loss"], examples)
         if self.metrics is not None and (n % self.log_every == 0 or n == self.steps):
             rate = {"examples_per_second": self.shown.examples_per_second}

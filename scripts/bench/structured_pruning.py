@@ -19,10 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import optax
 
 from jaxeff import data, models, pruning
@@ -83,10 +81,6 @@ class Config:
     mixup: float = 0.0
     """Share of the images that are mixed with another; only the teacher, who sees the
     same, is asked for these, so labels are left out if it is above 0."""
-    views: int = 0
-    """How often the teacher sees each image, each time shifted, mirrored and mixed
-    anew; then the student learns from these answers alone, in any number of epochs.
-    0 asks the teacher at every step."""
     seeds: int = 3
     """Runs of each row."""
     output: Path = Path("benchmarks/structured_pruning.json")
@@ -184,7 +178,6 @@ def smaller(m: Model, chosen: Selection) -> Model:
 
 def finetune(c: Config, m: Model, small: Model, epochs: float, seed: int) -> Model:
     """The smaller model trained with the dense one as its teacher."""
-    # An epoch is one pass over the images, whichever views they are.
     steps = round(epochs * data.steps_per_epoch(m.train, c.batch_size))
     if steps == 0:
         return small
@@ -199,51 +192,19 @@ def finetune(c: Config, m: Model, small: Model, epochs: float, seed: int) -> Mod
         images = images if shift is None else shift(first, images)
         return mixed(second, images, c.mixup)
 
-    student = classifier(small.train_fn, augment=None if c.views else augment)
-    weight = 1.0 if c.mixup or c.views else 0.9
-    told = m.fn if not c.views else lambda logits, images: logits
-    loss = response_loss(student, told, temperature=c.temperature, weight=weight)
+    student = classifier(small.train_fn, augment=augment if c.mixup else shift)
+    weight = 1.0 if c.mixup else 0.9
+    loss = response_loss(student, m.fn, temperature=c.temperature, weight=weight)
     mesh = make_mesh()
     step = make_train_step(loss, tx, trainable="params/**")
     state = init_state(small.params, tx, jr.key(seed), trainable="params/**")
-    if c.views:
-        seen, labels, answers = asked(c, m, augment, seed)
-        numbered = data.batches(seen, c.batch_size, seed=seed)
-        batches = ((data.Batch(x, labels[n]), answers[n]) for x, n in numbered)
-    else:
-        batches = data.batches(m.train, c.batch_size, seed=seed)
-        step = taught(step, replicate(m.params, mesh))
-    batches = data.prefetch(batches, batch_sharding(mesh, c.batch_size))
-    state = fit(step, replicate(state, mesh), batches, steps=steps)
+    batches = data.prefetch(
+        data.batches(m.train, c.batch_size, seed=seed),
+        batch_sharding(mesh, c.batch_size),
+    )
+    taught_step = taught(step, replicate(m.params, mesh))
+    state = fit(taught_step, replicate(state, mesh), batches, steps=steps)
     return dataclasses.replace(small, params=state.params)
-
-
-def asked(
-    c: Config, m: Model, augment: Callable, seed: int
-) -> tuple[data.Dataset, np.ndarray, np.ndarray]:
-    """All views of the training images, numbered; their labels and the teacher's."""
-    sharding = batch_sharding(make_mesh(), c.batch_size)
-    params = replicate(m.params, make_mesh())
-
-    @jax.jit
-    def ask(params, images, key):
-        images = augment(key, images)
-        return images, m.fn(params, images)
-
-    views, labels, answers = [], [], []
-    batches = data.batches(m.train, c.batch_size, seed=seed)
-    per_view = data.steps_per_epoch(m.train, c.batch_size)
-    for n in range(c.views * per_view):
-        batch = next(batches)
-        images = jax.device_put(batch.images, sharding)
-        view, logits = ask(params, images, jr.fold_in(jr.key(seed), n))
-        views.append(np.asarray(view))
-        labels.append(batch.labels)
-        answers.append(np.asarray(logits))
-    images = np.concatenate(views)
-    numbers = np.arange(len(images))
-    seen = dataclasses.replace(m.train, images=images, labels=numbers)
-    return seen, np.concatenate(labels), np.concatenate(answers)
 
 
 def mixed(key: Any, images: Any, share: float) -> Any:
@@ -314,7 +275,6 @@ def run(c: Config) -> None:
         "weight_decay": c.weight_decay,
         "temperature": c.temperature,
         "mixup": c.mixup,
-        "views": c.views,
     }
     rows = rows_so_far(c.output, options)
     done = {

@@ -97,17 +97,25 @@ def test_weights_are_gathered_twice_and_gradients_summed_once(name):
 
 
 def test_on_tpus_gradients_are_scattered_as_they_are_summed(tpus):
-    loss, params, x = problem("llama")
+    # Smaller ones TPUs sum whole, many in one message.
+    sizes = {"d_model": 128, "n_heads": 8, "n_kv_heads": 8, "hidden": 256}
+    model, x = build("llama", **WORDS | sizes), tokens()
+    params = jax.eval_shape(model.init, jr.key(0), x)
+    loss = lambda params, x: (model.apply(params, x) ** 2).mean()
     mesh = make_mesh(fsdp=8, devices=tpus("v5e:2x4"))
-    shapes = jax.eval_shape(lambda: params)
-    fn, placed = fully_shard(loss, shapes, x, mesh=mesh, least=64)
+    fn, placed = fully_shard(loss, params, x, mesh=mesh, least=1024)
     x = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh, 8))
     out = jax.tree.map(lambda s: s.sharding, placed)
     compiled = jax.jit(jax.grad(fn), out_shardings=out).lower(placed, x).compile()
     found = audit(compiled, mesh)
-    split = sum(s.size * 4 for s in jax.tree.leaves(placed) if any(s.sharding.spec))
-    embedding = 64 * 32 * 4
+    arrays = jax.tree.leaves(placed)
+    split = sum(4 * s.size for s in arrays if any(s.sharding.spec))
+    every = sum(4 * s.size for s in arrays)
+    embedding = 4 * 64 * 128  # whose gradient is no product, and summed whole
     assert found.of("reduce-scatter", "fsdp").bytes == split - embedding
+    assert found.of("all-reduce", "fsdp").bytes == every - split + embedding
+    # Each weight twice, for products in bfloat16: half of its bytes each time.
+    assert found.of("all-gather", "fsdp").bytes <= 2 * split
 
 
 def test_weights_and_what_their_backward_needs_take_a_part_of_the_memory():

@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
@@ -117,29 +116,6 @@ def test_in_rounds_it_shrinks_and_trains_little_by_little(config, monkeypatch):
     assert trained == pytest.approx([0.05, 0.05, 0.1])
     [row] = json.loads(config.output.read_text())["rows"]
     assert row["flops"] == sizes[-1] and row["train_core_seconds"] > 0
-
-
-def test_the_student_learns_from_what_was_said_of_each_view(config):
-    m = structured_pruning.read(config)
-    c = dataclasses.replace(config, views=2, mixup=0.5, epochs=0.1, seeds=1)
-    augment = lambda key, x: x + jr.normal(key, (len(x), 1, 1, 1))
-    seen, labels, answers = structured_pruning.asked(c, m, augment, 0)
-    assert len(seen) == len(labels) == 2 * (len(m.train) // c.batch_size) * c.batch_size
-    some = np.arange(0, len(seen), len(seen) // 8)
-    expected = m.fn(m.params, jnp.asarray(seen.images[some]))
-    np.testing.assert_allclose(answers[some], expected, rtol=1e-3, atol=1e-3)
-    np.testing.assert_array_equal(seen.labels, np.arange(len(seen)))
-    # Each image comes once in each view, with its own label.
-    half = len(labels) // 2
-    shades = lambda at: np.ptp(m.train.images[at], axis=(1, 2, 3))
-    order = np.random.default_rng((0, 0)).permutation(len(m.train))[:half]
-    np.testing.assert_array_equal(labels[:half], m.train.labels[order])
-    np.testing.assert_allclose(
-        np.ptp(seen.images[:half], axis=(1, 2, 3)), shades(order), rtol=1e-4
-    )
-    run(c)
-    [row] = json.loads(config.output.read_text())["rows"]
-    assert row["flops"] <= 0.5 and row["train_core_seconds"] > 0
 
 
 def test_rounds_that_do_not_fit_in_the_epochs_are_refused(config):

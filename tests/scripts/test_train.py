@@ -3,8 +3,8 @@
 import contextlib
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +21,7 @@ import pytest
 from jaxeff.models import build
 from jaxeff.training import load_model, read_metrics
 from jaxeff.training.cli import main
+from scripts.launch import free_address
 from scripts.train import Config, run
 
 # Of this module, what takes longer than 5 s.
@@ -132,12 +133,61 @@ def test_a_run_killed_twice_is_the_run_without_a_break_bit_for_bit(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("which", [0, 2])
+def test_where_one_process_is_gone_or_stuck_the_others_end(tmp_path, sent, which):
+    folder, timeout = tmp_path / "run", 8
+    options = (*TINY, "--steps", 100_000, "--checkpoint-every", 50)
+    limits = ("--timeout", timeout, "--output", folder)
+    job = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "4"}
+    four = [start(*options, *limits, **job, JAX_PROCESS_ID=str(i)) for i in range(4)]
+    try:
+        while not (folder / "checkpoints" / "100").exists():
+            assert all(process.poll() is None for process in four)
+            time.sleep(0.01)
+        four[which].send_signal(sent)
+        began = time.monotonic()
+        for process in (p for i, p in enumerate(four) if i != which):
+            _, err = process.communicate(timeout=10 * timeout)
+            if which == 0 and process.returncode == -signal.SIGABRT:
+                # It coordinates the job, and the runtime may be first to miss it.
+                assert "another task died" in err
+                continue
+            assert process.returncode == 75, err
+            (line,) = [x for x in err.splitlines() if x.startswith("error: ")]
+            assert "of a job" in line or "of the job" in line
+            assert re.search(r"last checkpoint is step \d+ in .*go on from there", line)
+        assert time.monotonic() - began < 3 * timeout
+    finally:
+        for process in four:
+            process.kill()
+            process.communicate()
+    # Whoever goes on does so from a whole checkpoint; one process can, too.
+    last = max(int(p.name) for p in (folder / "checkpoints").iterdir())
+    more = ("--steps", last + 5, "--output", folder, "--resume")
+    assert f"steps {last} to {last + 5}" in finish(start(*TINY, *more))[0]
+
+
+@pytest.mark.slow
+def test_four_processes_are_launched_as_one_job(tmp_path):
+    folder = tmp_path / "run"
+    program = (*TINY, "--steps", 10, "--output", folder)
+    launch = [sys.executable, ROOT / "scripts" / "launch.py", "--processes", "4"]
+    command = [*launch, "--", ROOT / "scripts" / "train.py", *map(str, program)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "4 device(s) of 4 process(es)" in done.stdout and "step 10" in done.stdout
+    bad = [*command, "--steps", "0"]
+    done = subprocess.run(bad, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "[3] error: --steps is 1 or more" in done.stderr
+    assert re.search(r"error: process \d of 4 ended with status 2", done.stderr)
+
+
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(tmp_path):
     options = (*TINY, "--steps", 20, "--checkpoint-every", 5)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    job = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "2"}
     job["JAX_NUM_CPU_DEVICES"] = "2"
     out = ("--output", tmp_path / "two")
     two = [start(*options, *out, **job, JAX_PROCESS_ID=str(i)) for i in range(2)]
