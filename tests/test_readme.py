@@ -6,6 +6,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxeff import parallelism
@@ -35,7 +36,26 @@ def test_the_python_of_a_page_runs_in_order(page, tmp_path, monkeypatch):
 def test_the_schedules_of_the_page_are_those_that_are_printed():
     shown = [text for _, text in blocks("text", "docs/parallelism.md")]
     made = [parallelism.one_f_one_b(4, 6), parallelism.zero_bubble(4, 6)]
-    assert shown == [f"{schedule}\n" for schedule in made]
+    assert shown[-2:] == [f"{schedule}\n" for schedule in made]
+
+
+def test_the_thresholds_of_the_page_are_those_that_are_printed(capsys):
+    page = "docs/parallelism.md"
+    (snippet,) = [text for _, text in blocks("python", page) if "links = {" in text]
+    exec(snippet, {})
+    assert capsys.readouterr().out in [text for _, text in blocks("text", page)]
+
+
+def test_the_mesh_of_the_page_is_the_one_that_is_made():
+    mesh = parallelism.make_mesh(pipe=2, data=2, tensor=2)
+    ids = np.vectorize(lambda d: d.id)(mesh.devices).reshape(2, 2, 2)
+    (drawn,) = [t for _, t in blocks("text", "docs/parallelism.md") if "pipe 0" in t]
+    rows = [
+        re.findall(r"(?<= )\d(?= )", x.split("data")[1][3:] + " ")
+        for x in drawn.splitlines()
+        if x.startswith("  data")
+    ]
+    assert rows == [[str(i) for i in ids[:, n].ravel()] for n in range(2)]
 
 
 def test_every_make_command_of_the_readme_exists():
