@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array
 
 from jaxeff import tree
-from jaxeff.program import Chain, Crossing, is_leaf, Piece, table, WeightPart
+from jaxeff.program import Chain, Crossing, is_leaf, Piece, shapes, table, WeightPart
 from jaxeff.tree import pytree
 
 from .balance import balance
@@ -240,13 +240,18 @@ class LayerParallel:
         """The function, on what `split` made of its weights."""
         flat, structure = jax.tree.flatten((args, kwargs))
         key = structure, *(_kind(x) for x in flat)
+        data = [_bare(x) for x in flat if tree.is_array(x)]
         if key not in self._compiled:
-            self._compiled[key] = self._made_for(args, kwargs)
+            # Kept for later calls, so of tracers the shapes alone.
+            like, named = shapes((args, kwargs))
+            wraps = [wrap for _, wrap in data]
+            self._compiled[key] = self._made_for(like, named, wraps)
         run, out = self._compiled[key]
-        data = [_bare(x)[0] for x in flat if tree.is_array(x)]
-        return out(run(params.shared, params.pieces, data))
+        return out(run(params.shared, params.pieces, [x for x, _ in data]))
 
-    def _made_for(self, args: Any, kwargs: Any) -> tuple[Callable, Callable]:
+    def _made_for(
+        self, args: Any, kwargs: Any, wraps: Sequence[Callable]
+    ) -> tuple[Callable, Callable]:
         """The program for operands of these shapes, and what orders its results."""
         chain = Chain(self._fn, self._like, args, kwargs)
         if chain.steps != self._steps:
@@ -256,8 +261,6 @@ class LayerParallel:
                 "of this kind."
             )
         pieces, _ = chain.cut(self.plan.places)
-        pairs = zip(chain.call.weights, chain.call.inputs, strict=True)
-        wraps = [_bare(x)[1] for path, x in pairs if path is None]
         local = jax.shard_map(
             functools.partial(self._local, pieces, wraps),
             mesh=self._mesh,
@@ -267,8 +270,8 @@ class LayerParallel:
             check_vma=False,
         )
         # Under jit, where alone some axes may be left to the compiler.
-        devices = jnp.arange(len(pieces))
-        run = jax.jit(lambda shared, rows, data: local(shared, rows, data, devices))
+        devices = lambda: jnp.arange(len(pieces))
+        run = jax.jit(lambda shared, rows, data: local(shared, rows, data, devices()))
         return run, chain.result
 
     def _local(
@@ -293,9 +296,9 @@ class LayerParallel:
 
             if self._remat:
                 run = jax.checkpoint(run)
-            shapes = jax.eval_shape(run, row, shared, data, taken)
-            rest = lambda *_, shapes=shapes: jax.tree.map(
-                lambda s: jnp.zeros(s.shape, s.dtype), shapes
+            like = jax.eval_shape(run, row, shared, data, taken)
+            rest = lambda *_, like=like: jax.tree.map(
+                lambda s: jnp.zeros(s.shape, s.dtype), like
             )
             mine = device[0] == k
             given, made = jax.lax.cond(mine, run, rest, row, shared, data, taken)
