@@ -53,7 +53,7 @@ class LayerPlan:
     shared: int
 
     @property
-    def unbalance(self) -> float:
+    def imbalance(self) -> float:
         """By how much the heaviest piece is above the average: 0.1 is 10 %."""
         return max(self.flops) * len(self.flops) / max(sum(self.flops), 1) - 1
 

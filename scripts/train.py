@@ -51,6 +51,7 @@ from jaxeff.training import (
     make_train_step,
     Metrics,
     save_model,
+    saved_steps,
 )
 from jaxeff.training.cli import (
     check_same_options,
@@ -263,8 +264,7 @@ def check_numbers(c: Config) -> None:
 def check_folder(c: Config) -> None:
     """Refuses a folder that holds a run, unless it is this one and to be resumed."""
     path, now = c.output / "config.json", as_json(c)
-    # Other names there are of checkpoints that were not finished.
-    if not any(p.name.isdecimal() for p in (c.output / "checkpoints").glob("*")):
+    if not saved_steps(c.output / "checkpoints"):
         return
     if not c.resume:
         raise ValueError(

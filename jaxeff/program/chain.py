@@ -36,7 +36,7 @@ class Crossing(NamedTuple):
 
     Attributes:
         at: how many steps are before it.
-        flops: of the steps between the last such place and this one.
+        flops: of the step before it.
         arrays: how many cross.
         bytes: of those.
         source: line of code of the last step before it.
@@ -119,16 +119,14 @@ class Chain:
                 if n in self._crosses:
                     last[n] = at
         open_: dict[int, int] = {}
-        found, flops = [], 0
+        found = []
         for at, i in enumerate(self._order):
             step = self._line.steps[i]
             open_.update({n: last[n] for n in step.outs if n in last})
             open_ = {n: end for n, end in open_.items() if end > at}
-            flops += _flops(step)
             moved = sum(_bytes(self._shape(n)) for n in open_)
             source = "" if step.eqn is None else source_line(step.eqn)
-            found.append(Crossing(at + 1, flops, len(open_), moved, source))
-            flops = 0
+            found.append(Crossing(at + 1, _flops(step), len(open_), moved, source))
         return found
 
     @property

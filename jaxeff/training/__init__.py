@@ -5,6 +5,7 @@ from .checkpoint import (
     load_meta as load_meta,
     load_params as load_params,
     save_params as save_params,
+    saved_steps as saved_steps,
 )
 from .classifier import (
     accuracy_of as accuracy_of,

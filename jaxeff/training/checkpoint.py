@@ -129,6 +129,15 @@ class Checkpoints:
         self.close()
 
 
+def saved_steps(folder: str | Path) -> list[int]:
+    """The steps of the whole states in a folder of `Checkpoints`, in order.
+
+    It reads names alone, so it can be asked where other processes don't answer. What
+    is being written has another name.
+    """
+    return sorted(int(p.name) for p in Path(folder).glob("*") if p.name.isdecimal())
+
+
 def save_params(
     path: str | Path,
     params: PyTree,

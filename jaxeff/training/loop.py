@@ -9,7 +9,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from jaxtyping import PyTree
 
 from jaxeff.precision import all_finite
 
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, saved_steps
 from .metrics import Metrics
 from .progress import Progress
 from .step import TrainState
@@ -187,18 +186,13 @@ class _Timed(_Guard):
         # Not `latest()`, which may ask the other processes.
         if self.checkpoint is None:
             return "No checkpoint was kept."
-        steps = [int(p.name) for p in self.checkpoint.folder.glob("*") if _whole(p)]
+        steps = saved_steps(self.checkpoint.folder)
         if not steps:
             return f"There is no checkpoint in {self.checkpoint.folder} yet."
         return (
-            f"The last checkpoint is step {max(steps)} in {self.checkpoint.folder}: "
+            f"The last checkpoint is step {steps[-1]} in {self.checkpoint.folder}: "
             "go on from there."
         )
-
-
-def _whole(folder: Path) -> bool:
-    """Whether it is a checkpoint; those being written have another name."""
-    return folder.name.isdecimal()
 
 
 @contextmanager

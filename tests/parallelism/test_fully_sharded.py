@@ -1,8 +1,6 @@
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
-import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
@@ -16,20 +14,8 @@ from jaxeff.parallelism import (
     shard,
 )
 from jaxeff.program import lift
+from tests.parallelism.models import loss_problem, MODELS, near, ten_steps
 
-WORDS = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4}
-GROUPED = {**WORDS, "n_kv_heads": 2, "hidden": 64}
-tokens = lambda: jnp.arange(128).reshape(8, 16) % 64
-images = lambda: jr.normal(jr.key(1), (8, 32, 32, 3))
-MODELS = {
-    "gpt": (lambda: build("gpt", **WORDS), tokens),
-    "bert": (lambda: build("bert", **WORDS), tokens),
-    "llama": (lambda: build("llama", **GROUPED), tokens),
-    "llama scanned": (lambda: build("llama", **GROUPED, scan=True), tokens),
-    "vit": (lambda: build("vit", d_model=32, n_heads=4, n_layers=2), images),
-    "resnet20": (lambda: build("resnet20"), images),
-    "mobilenet": (lambda: build("mobilenet"), images),
-}
 SLOW = {
     f"test_value_gradient_and_ten_steps_are_those_of_one_device[{name}]"
     for name in ("bert", "llama", "vit", "resnet20", "mobilenet")
@@ -37,30 +23,7 @@ SLOW = {
 
 
 def problem(name):
-    make, data = MODELS[name]
-    model, x = make(), data()
-    params = jax.jit(model.init)(jr.key(0), x)
-    return (lambda params, x: (model.apply(params, x) ** 2).mean()), params, x
-
-
-def near(got, want, rel=1e-5):
-    most = max(np.abs(a).max() for a in jax.tree.leaves(want))
-    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rel, atol=rel * most)
-
-
-def ten_steps(loss, params, x):
-    tx = optax.sgd(1e-2, momentum=0.9)
-
-    @jax.jit
-    def step(params, state):
-        updates, state = tx.update(jax.grad(loss)(params, x), state)
-        return optax.apply_updates(params, updates), state
-
-    state = tx.init(params)
-    for _ in range(10):
-        params, state = jax.block_until_ready(step(params, state))
-    return params
+    return loss_problem(name, examples=8)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -69,10 +32,10 @@ def test_value_gradient_and_ten_steps_are_those_of_one_device(name):
     mesh = make_mesh(fsdp=4, data=2)
     fn, placed = fully_shard(loss, params, x, mesh=mesh, least=0)
     shared = jax.device_put(x, batch_sharding(mesh, len(x)))
-    got = jax.jit(jax.value_and_grad(fn))(placed, shared)
-    near(got, jax.jit(jax.value_and_grad(loss))(params, x))
-    new = ten_steps(fn, placed, shared)
-    near(new, ten_steps(loss, params, x), rel=3e-5)
+    *got, new = ten_steps(fn, placed, shared)
+    *want, expected = ten_steps(loss, params, x)
+    near(got, want)
+    near(new, expected)
     for w, start in zip(*map(jax.tree.leaves, (new, placed)), strict=True):
         assert w.sharding.is_equivalent_to(start.sharding, w.ndim)
 
@@ -99,7 +62,8 @@ def test_weights_are_gathered_twice_and_gradients_summed_once(name):
 def test_on_tpus_gradients_are_scattered_as_they_are_summed(tpus):
     # Smaller ones TPUs sum whole, many in one message.
     sizes = {"d_model": 128, "n_heads": 8, "n_kv_heads": 8, "hidden": 256}
-    model, x = build("llama", **WORDS | sizes), tokens()
+    model = build("llama", vocab_size=64, n_layers=2, **sizes)
+    x = jnp.zeros((8, 16), jnp.int32)
     params = jax.eval_shape(model.init, jr.key(0), x)
     loss = lambda params, x: (model.apply(params, x) ** 2).mean()
     mesh = make_mesh(fsdp=8, devices=tpus("v5e:2x4"))
@@ -118,7 +82,7 @@ def test_on_tpus_gradients_are_scattered_as_they_are_summed(tpus):
     assert found.of("all-gather", "fsdp").bytes <= 2 * split
 
 
-def test_weights_and_what_their_backward_needs_take_a_part_of_the_memory():
+def test_weights_and_gradients_take_a_part_of_the_memory():
     loss, params, x = problem("llama scanned")
     mesh = make_mesh(fsdp=8)
     fn, placed = fully_shard(loss, params, x, mesh=mesh, least=64)

@@ -1,13 +1,10 @@
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
-import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxeff import quantization, tree
-from jaxeff.models import build, UNet
 from jaxeff.parallelism import (
     audit,
     batch_sharding,
@@ -17,20 +14,14 @@ from jaxeff.parallelism import (
 )
 from jaxeff.program import lift
 from jaxeff.training import forms
+from tests.parallelism.models import (
+    loss_problem,
+    model_and_data,
+    MODELS,
+    near,
+    ten_steps,
+)
 
-WORDS = {"vocab_size": 64, "d_model": 32, "n_layers": 4, "n_heads": 4}
-GROUPED = {**WORDS, "n_kv_heads": 2, "hidden": 64}
-tokens = lambda: jnp.arange(64).reshape(4, 16) % 64
-images = lambda: jr.normal(jr.key(1), (4, 32, 32, 3))
-MODELS = {
-    "gpt": (lambda: build("gpt", **WORDS), tokens),
-    "bert": (lambda: build("bert", **WORDS), tokens),
-    "llama": (lambda: build("llama", **GROUPED), tokens),
-    "llama scanned": (lambda: build("llama", **GROUPED, scan=True), tokens),
-    "vit": (lambda: build("vit", d_model=32, n_heads=4, n_layers=4), images),
-    "resnet20": (lambda: build("resnet20"), images),
-    "mobilenet": (lambda: build("mobilenet"), images),
-}
 SLOW = {
     f"test_value_gradient_and_ten_steps_are_those_of_one_device[{name}]"
     for name in ("bert", "llama", "vit", "resnet20", "mobilenet")
@@ -38,17 +29,7 @@ SLOW = {
 
 
 def problem(name):
-    make, data = MODELS[name]
-    model, x = make(), data()
-    params = jax.jit(model.init)(jr.key(0), x)
-    return (lambda params, x: (model.apply(params, x) ** 2).mean()), params, x
-
-
-def near(got, want, rel=1e-5):
-    most = max(np.abs(a).max() for a in jax.tree.leaves(want))
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rel, atol=rel * most)
+    return loss_problem(name, layers=4)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -56,27 +37,14 @@ def test_value_gradient_and_ten_steps_are_those_of_one_device(name):
     loss, params, x = problem(name)
     mesh = make_mesh(pipe=4, data=2)
     layered, weights = layer_parallel(loss, params, x, mesh=mesh)
-    near(layered.join(weights), params, rel=0)
+    back = layered.join(weights)
+    near(back, params, rel=0)
+    assert jax.tree.structure(back) == jax.tree.structure(params)
     shared = jax.device_put(x, batch_sharding(mesh, len(x)))
-    value, grads = jax.jit(jax.value_and_grad(layered))(weights, shared)
-    expected = jax.jit(jax.value_and_grad(loss))(params, x)
-    near((value, layered.join(grads)), expected)
-
-    tx = optax.sgd(1e-2, momentum=0.9)
-    got = ten_steps(layered, tx, weights, shared)
-    near(layered.join(got), ten_steps(loss, tx, params, x), rel=3e-5)
-
-
-def ten_steps(loss, tx, params, x):
-    @jax.jit
-    def step(params, state):
-        updates, state = tx.update(jax.grad(loss)(params, x), state)
-        return optax.apply_updates(params, updates), state
-
-    state = tx.init(params)
-    for _ in range(10):
-        params, state = jax.block_until_ready(step(params, state))
-    return params
+    value, grads, new = ten_steps(layered, weights, shared)
+    *want, expected = ten_steps(loss, params, x)
+    near((value, layered.join(grads)), want)
+    near(layered.join(new), expected)
 
 
 def test_one_activation_crosses_each_way_and_weights_are_shared_out():
@@ -107,7 +75,7 @@ def test_the_heaviest_piece_is_as_light_as_can_be():
     cheaper = plan_layers(loss, params, x, pieces=4, slack=0.05)
     assert max(cheaper.flops) <= 1.05 * max(everywhere.flops)
     assert sum(everywhere.flops) == sum(cheaper.flops)
-    assert everywhere.unbalance < 0.2
+    assert everywhere.imbalance < 0.2
 
 
 def test_layers_of_a_scan_are_cut_one_by_one():
@@ -117,7 +85,7 @@ def test_layers_of_a_scan_are_cut_one_by_one():
 
 
 def test_running_averages_come_from_the_device_that_has_the_layer():
-    model, x = build("resnet20"), images()
+    model, x = model_and_data("resnet20")
     params = jax.jit(model.init)(jr.key(0), x)
     _, fn = forms(model, params)
     mesh = make_mesh(pipe=4, data=2)
@@ -159,12 +127,12 @@ def test_other_batches_fit_and_other_programs_do_not():
 
 
 def test_skips_that_cross_everywhere_are_refused_with_their_number():
-    model, x = UNet(), images()
+    model, x = model_and_data("unet")
     params = jax.eval_shape(model.init, jr.key(0), x)
     with pytest.raises(ValueError, match="can't be cut into 64 pieces"):
         plan_layers(model.apply, params, x, pieces=64)
     few = plan_layers(model.apply, params, x, pieces=4, crossing=3)
-    assert few.unbalance < plan_layers(model.apply, params, x, pieces=4).unbalance
+    assert few.imbalance < plan_layers(model.apply, params, x, pieces=4).imbalance
 
 
 def test_a_plan_is_for_as_many_devices_as_it_has_pieces():

@@ -1,12 +1,11 @@
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxeff import tree
-from jaxeff.models import build, UNet
+from jaxeff.models import build
 from jaxeff.parallelism import (
     audit,
     batch_sharding,
@@ -15,21 +14,8 @@ from jaxeff.parallelism import (
     plan_tensor,
     shard,
 )
+from tests.parallelism.models import GROUPED, MODELS, near, problem, tokens, WORDS
 
-WORDS = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4}
-GROUPED = {**WORDS, "n_kv_heads": 2, "hidden": 64}
-tokens = lambda: jnp.arange(64).reshape(4, 16) % 64
-images = lambda: jr.normal(jr.key(1), (4, 32, 32, 3))
-MODELS = {
-    "gpt": (lambda: build("gpt", **WORDS), tokens),
-    "bert": (lambda: build("bert", **WORDS), tokens),
-    "llama": (lambda: build("llama", **GROUPED), tokens),
-    "llama scanned": (lambda: build("llama", **GROUPED, scan=True), tokens),
-    "vit": (lambda: build("vit", d_model=32, n_heads=4, n_layers=2), images),
-    "resnet20": (lambda: build("resnet20"), images),
-    "mobilenet": (lambda: build("mobilenet"), images),
-    "unet": (lambda: UNet(), images),
-}
 SLOW = {
     f"{test}[{name}]"
     for test in (
@@ -38,19 +24,7 @@ SLOW = {
     )
     for name in ("llama scanned", "vit", "resnet20", "mobilenet", "unet")
 }
-each = pytest.mark.parametrize("name", MODELS)
-
-
-def problem(name):
-    make, data = MODELS[name]
-    model, x = make(), data()
-    return model.apply, jax.jit(model.init)(jr.key(0), x), x
-
-
-def near(got, want, rel=1e-5):
-    most = max(np.abs(a).max() for a in jax.tree.leaves(want))
-    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rel, atol=rel * most)
+each = pytest.mark.parametrize("name", (*MODELS, "unet"))
 
 
 @each
