@@ -4,15 +4,11 @@ from .audit import Audit as Audit, audit as audit, Collective as Collective
 from .balance import balance as balance
 from .compression import (
     average as average,
-    averages as averages,
     Compression as Compression,
     float8 as float8,
-    PerDevice as PerDevice,
-    place_state as place_state,
     powersgd as powersgd,
     random_k as random_k,
     rounded as rounded,
-    state_specs as state_specs,
     top_k as top_k,
 )
 from .data_parallel import (
@@ -29,7 +25,14 @@ from .layers import (
     LayerPlan as LayerPlan,
     plan_layers as plan_layers,
 )
+from .local_steps import diloco as diloco, local_weights as local_weights
 from .mesh import make_mesh as make_mesh
+from .per_device import (
+    averages as averages,
+    PerDevice as PerDevice,
+    place_state as place_state,
+    state_specs as state_specs,
+)
 from .pipeline import (
     key_of as key_of,
     pipeline as pipeline,

@@ -25,29 +25,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
-from jaxeff.tree import pytree
-
-from .data_parallel import replicate
-
-
-@pytree
-class PerDevice:
-    """State that differs between the devices of an axis.
-
-    Attributes:
-        values: arrays (devices, ...), of which each device holds its own.
-    """
-
-    values: PyTree
-
-
-def state_specs(state: PyTree, axis: str = "data") -> PyTree:
-    """For `shard_map`: which parts of a state differ between the devices of an axis."""
-    one = lambda x: isinstance(x, PerDevice)
-    return jax.tree.map(lambda x: P(axis) if one(x) else P(), state, is_leaf=one)
+from .per_device import Averaged, check_axis, check_devices, PerDevice
 
 
 class Compression(optax.GradientTransformation):
@@ -69,24 +49,6 @@ class _State(NamedTuple):
     own: PerDevice
 
 
-class _Averaged(NamedTuple):
-    """The state of what averages and keeps nothing."""
-
-
-def averages(state: PyTree) -> bool:
-    """Whether something in an optimizer, by its state, averages over devices."""
-    ours = lambda x: isinstance(x, _State | _Averaged)
-    return any(map(ours, jax.tree.leaves(state, is_leaf=ours)))
-
-
-def place_state(state: PyTree, mesh: Mesh, axis: str = "data") -> PyTree:
-    """A state on its devices: each has its own part, and the rest whole."""
-    one = lambda x: isinstance(x, PerDevice)
-    own = NamedSharding(mesh, P(axis))
-    put = lambda x: jax.device_put(x, own) if one(x) else replicate(x, mesh)
-    return jax.tree.map(put, state, is_leaf=one)
-
-
 # (gradient as one vector, step, own state) -> (mean, own state)
 _Reduce = Callable[[Array, Array, Any], tuple[Array, Any]]
 
@@ -99,7 +61,7 @@ def _on_vector(
     sent: Callable[[int], float],
 ) -> Compression:
     """A transform of the whole gradient as one float32 vector."""
-    _check_devices(devices)
+    check_devices(devices)
 
     def init(params):
         size = _size(params)
@@ -108,7 +70,7 @@ def _on_vector(
         return _State(jnp.zeros([], jnp.int32), (), own)
 
     def update(grads, state, params=None):
-        _check_axis(axis, devices)
+        check_axis(axis, devices)
         flat, unravel = ravel_pytree(_wide(grads))
         own = jax.tree.map(lambda a: a[0], state.own.values)
         mean, own = reduce(flat, state.step, own)
@@ -129,17 +91,17 @@ def average(*, devices: int, axis: str = "data") -> Compression:
     Raises:
         ValueError: there is no device.
     """
-    _check_devices(devices)
+    check_devices(devices)
 
     def update(grads, state, params=None):
-        _check_axis(axis, devices)
+        check_axis(axis, devices)
         return jax.lax.pmean(grads, axis), state
 
     def sent(params):
         total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
         return 2 * (devices - 1) / devices * total
 
-    return Compression(lambda params: _Averaged(), update, sent)
+    return Compression(lambda params: Averaged(), update, sent)
 
 
 class _Coder(NamedTuple):
@@ -349,7 +311,7 @@ def powersgd(
     Raises:
         ValueError: the rank is below 1.
     """
-    _check_devices(devices)
+    check_devices(devices)
     if rank < 1:
         raise ValueError(f"a matrix has rank 1 or more, got rank={rank}.")
 
@@ -387,7 +349,7 @@ def powersgd(
         return near.astype(g.dtype), q, (mine - near)[None]
 
     def update(grads, state, params=None):
-        _check_axis(axis, devices)
+        check_axis(axis, devices)
         flat, structure = jax.tree.flatten(grads, is_leaf=_is_none)
         old = jax.tree.leaves(state.shared, is_leaf=_is_none)
         left = jax.tree.leaves(state.own.values, is_leaf=_is_none)
@@ -411,20 +373,6 @@ def powersgd(
 
 def _is_none(x: Any) -> bool:
     return x is None
-
-
-def _check_devices(devices: int) -> None:
-    if devices < 1:
-        raise ValueError(f"an axis has 1 device or more, got devices={devices}.")
-
-
-def _check_axis(axis: str, devices: int) -> None:
-    # JAX says so where there is no such axis.
-    if (n := jax.lax.axis_size(axis)) != devices:
-        raise ValueError(
-            f"the compression was made for {devices} devices, but the axis {axis} has "
-            f"{n}. Make it for {n}."
-        )
 
 
 def _check_fraction(fraction: float) -> None:

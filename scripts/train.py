@@ -28,7 +28,7 @@ import jax.random as jr
 import numpy as np
 import optax
 from flax import linen as nn
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 
 from jaxeff.cost import count_parameters
 from jaxeff.data import augmentation, batches, load, prefetch, text, windows
@@ -52,7 +52,9 @@ from jaxeff.training import (
     Metrics,
     save_model,
     saved_steps,
+    TrainState,
 )
+from jaxeff.training.asynchronous import Asynchronous, Problem
 from jaxeff.training.cli import (
     check_same_options,
     join_processes,
@@ -62,6 +64,7 @@ from jaxeff.training.cli import (
 from jaxeff.training.language import language_loss, nats_per_token
 from jaxeff.training.metrics import check_events
 from jaxeff.training.results import write_json
+from jaxeff.training.server import gradient
 
 # What may differ when a run goes on; the other options are what the run is.
 MAY_CHANGE = {"data_dir", "steps", "epochs", "output", "resume", "tensorboard"} | {
@@ -117,7 +120,13 @@ class Config:
     """Steps between two evaluations; one is made at the end in any case."""
     timeout: float = 600
     """Seconds without a finished step after which a process of several ends, as another
-    is stuck or gone; the first step may take ten times as long."""
+    is stuck or gone; with --workers, seconds that each may take for a batch. The first
+    may take ten times as long."""
+    workers: int = 0
+    """Asynchronous: so many processes take whole batches by themselves, on Ray; 0 is
+    synchronous, all devices in each step."""
+    staleness: int | None = None
+    """Most updates that a gradient of a worker may be behind; twice the workers."""
     tensorboard: bool = False
     """Write TensorBoard events too, into --output/tensorboard."""
 
@@ -135,7 +144,7 @@ class Task:
     evaluate: Callable[[Callable, Any], Mapping[str, float]]  # of fn and params
 
 
-def images(c: Config, to: Sharding) -> Task:
+def images(c: Config, to: Sharding | None) -> Task:
     """Classification, judged by accuracy on the test images."""
     train, test = load(c.data, c.data_dir)
     change = augmentation(train) if c.augment else None
@@ -152,7 +161,7 @@ def images(c: Config, to: Sharding) -> Task:
     )
 
 
-def language(c: Config, to: Sharding) -> Task:
+def language(c: Config, to: Sharding | None) -> Task:
     """Prediction of the next byte, judged by nats per byte of unseen text."""
     path = text_file(c.data_dir)
     train, unseen = text(path)
@@ -254,6 +263,18 @@ def check_numbers(c: Config) -> None:
     for name in ("learning_rate", "clip", "timeout"):
         if not (value := getattr(c, name)) > 0:
             raise ValueError(f"{option_name(name)} is above 0, got {value}.")
+    if c.workers < 0:
+        raise ValueError(f"--workers is 0 or more, got {c.workers}.")
+    if c.workers and (c.dtype == "float16" or c.eval_every is not None):
+        raise ValueError(
+            "with --workers nobody adjusts the loss scale of float16, and the run is "
+            "evaluated at its end. Use bfloat16, and no --eval-every."
+        )
+    if c.staleness is not None and not c.workers:
+        raise ValueError(
+            f"--staleness bounds how far --workers drift apart, got {c.staleness} "
+            "without them."
+        )
     if c.epochs is not None and c.data == "text":
         raise ValueError(
             f"a text has no epochs, its windows are drawn, but --epochs is {c.epochs}. "
@@ -294,6 +315,52 @@ def say_schedule(c: Config, first: int, steps: int) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A run before its first step."""
+
+    task: Task
+    model: nn.Module
+    eval_fn: Callable
+    problem: Problem
+    steps: int
+
+
+def make(c: Config, to: Sharding | None) -> Made:
+    """Everything from the options, the same in every process.
+
+    Args:
+        c: the options.
+        to: how the images or windows of an evaluation are spread.
+    """
+    model = make_model(c)
+    task = language(c, to) if c.data == "text" else images(c, to)
+    steps = c.steps
+    if c.epochs is not None and task.steps_per_epoch is not None:
+        steps = c.epochs * task.steps_per_epoch
+    # Initialised as one program: eagerly it is hundreds of small ones.
+    variables = jax.jit(model.init)(jr.key(c.seed), task.example)
+    eval_fn, train_fn = forms(model, variables)
+    check_answers(eval_fn, variables, task)
+    if c.dtype != "float32":
+        eval_fn = autocast(eval_fn, c.dtype)
+        train_fn = autocast(train_fn, c.dtype)
+    problem = Problem(
+        loss=task.loss(train_fn),
+        tx=optimizer(c, steps),
+        params=variables,
+        batch=lambda n: next(task.batches(n)),
+        key=jr.key(c.seed + 1),
+        trainable="params/**",
+    )
+    return Made(task, model, eval_fn, problem, steps)
+
+
+def problem_of(c: Config) -> Problem:
+    """What a worker needs."""
+    return make(c, None).problem
+
+
 def run(c: Config) -> None:
     """The whole run."""
     began = time.monotonic()
@@ -303,71 +370,102 @@ def run(c: Config) -> None:
     check_folder(c)
     join_processes()
     mesh = make_mesh()
-    to = batch_sharding(mesh, c.batch_size)
-    model = make_model(c)
-    task = language(c, to) if c.data == "text" else images(c, to)
-    steps = c.steps
-    if c.epochs is not None and task.steps_per_epoch is not None:
-        steps = c.epochs * task.steps_per_epoch
-
-    # Initialised as one program: eagerly it is hundreds of small ones.
-    variables = jax.jit(model.init)(jr.key(c.seed), task.example)
-    eval_fn, train_fn = forms(model, variables)
-    check_answers(eval_fn, variables, task)
-    if c.dtype != "float32":
-        eval_fn = autocast(eval_fn, c.dtype)
-        train_fn = autocast(train_fn, c.dtype)
-    tx = optimizer(c, steps)
-    scaler = DynamicLossScale() if c.dtype == "float16" else None
-    key = jr.key(c.seed + 1)
-    state = init_state(variables, tx, key, trainable="params/**", scaler=scaler)
-    state = replicate(state, mesh)
-    step = make_train_step(task.loss(train_fn), tx, trainable="params/**")
+    made = make(c, batch_sharding(mesh, c.batch_size))
+    p, steps = made.problem, made.steps
     # Whatever does not fit together shows here, before anything is written.
-    jax.eval_shape(step, state, next(task.batches(0)))
+    jax.eval_shape(gradient(p.loss, p.trainable), p.params, p.batch(0), p.key)
+    train = with_workers if c.workers else in_step
+    state = train(c, made, mesh)
+    if state is None:
+        return
+    about = {"model": c.model, "data": c.data, "sizes": sizes(c.sizes), "steps": steps}
+    path = c.output / "model"
+    save_model(path, made.model.apply, state.params, about, overwrite=True)
+    if jax.process_index() == 0:
+        print(f"{c.output}: {steps} steps, {time.monotonic() - began:.0f} s")
 
+
+def begins(c: Config, made: Made, first: int, who: str) -> bool:
+    """Says what begins, at which step; whether there is anything to do."""
+    steps = made.steps
+    if first > steps:
+        raise ValueError(
+            f"the run in {c.output} is at step {first}, past the {steps} steps "
+            "asked for. Ask for more, or name another folder with --output."
+        )
+    done = first == steps and (c.output / "model").exists()
+    if jax.process_index() != 0:
+        return not done
+    if done:
+        print(
+            f"{c.output}: nothing to do, its {steps} steps are done and its "
+            "model is saved. Ask for more --steps to go on."
+        )
+        return False
+    say_schedule(c, first, steps)
+    write_json(c.output / "config.json", as_json(c))
+    print(
+        f"{c.model}, {count_parameters(made.problem.params['params']):,} parameters, "
+        f"{c.dtype}; {made.task.about}; {who}; steps {first} to {steps}"
+    )
+    return True
+
+
+def in_step(c: Config, made: Made, mesh: Mesh) -> TrainState | None:
+    """Every device of every process takes its part of each batch."""
+    p, to = made.problem, batch_sharding(mesh, c.batch_size)
+    scaler = DynamicLossScale() if c.dtype == "float16" else None
+    state = init_state(p.params, p.tx, p.key, trainable=p.trainable, scaler=scaler)
+    state = replicate(state, mesh)
+    step = make_train_step(p.loss, p.tx, trainable=p.trainable)
     with Checkpoints(c.output / "checkpoints") as checkpoints:
         if checkpoints.latest() is not None:
             state = checkpoints.restore(state)
         first = int(state.step)
-        if first > steps:
-            raise ValueError(
-                f"the run in {c.output} is at step {first}, past the {steps} steps "
-                "asked for. Ask for more, or name another folder with --output."
-            )
-        if first == steps and (c.output / "model").exists():
-            if jax.process_index() == 0:
-                print(
-                    f"{c.output}: nothing to do, its {steps} steps are done and its "
-                    "model is saved. Ask for more --steps to go on."
-                )
-            return
-        if jax.process_index() == 0:
-            say_schedule(c, first, steps)
-            write_json(c.output / "config.json", as_json(c))
-            print(
-                f"{c.model}, {count_parameters(variables['params']):,} parameters, "
-                f"{c.dtype}; {task.about}; {jax.device_count()} device(s) of "
-                f"{jax.process_count()} process(es); steps {first} to {steps}"
-            )
+        who = f"{jax.device_count()} device(s) of {jax.process_count()} process(es)"
+        if not begins(c, made, first, who):
+            return None
         with Metrics(c.output, start_step=first, tensorboard=c.tensorboard) as metrics:
-            state = fit(
+            return fit(
                 step,
                 state,
-                prefetch(task.batches(first), to),
-                steps=steps,
+                prefetch(made.task.batches(first), to),
+                steps=made.steps,
                 log_every=c.log_every,
                 metrics=metrics,
                 checkpoint=checkpoints,
                 checkpoint_every=c.checkpoint_every,
-                eval_fn=functools.partial(task.evaluate, eval_fn),
+                eval_fn=functools.partial(made.task.evaluate, made.eval_fn),
                 eval_every=c.eval_every,
                 timeout=c.timeout if jax.process_count() > 1 else None,
             )
-    about = {"model": c.model, "data": c.data, "sizes": sizes(c.sizes), "steps": steps}
-    save_model(c.output / "model", model.apply, state.params, about, overwrite=True)
-    if jax.process_index() == 0:
-        print(f"{c.output}: {steps} steps, {time.monotonic() - began:.0f} s")
+
+
+def with_workers(c: Config, made: Made, mesh: Mesh) -> TrainState | None:
+    """Each of --workers processes takes whole batches, and none waits for another."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"--workers are processes of Ray, but this is a job of "
+            f"{jax.process_count()}. Start it once."
+        )
+    folder = c.output / "checkpoints"
+    first = max(saved_steps(folder), default=0)
+    if not begins(c, made, first, f"{c.workers} worker(s), asynchronous"):
+        return None
+    with Metrics(c.output, start_step=first, tensorboard=c.tensorboard) as metrics:
+        state = Asynchronous(
+            functools.partial(problem_of, c),
+            steps=made.steps,
+            workers=c.workers,
+            staleness=c.staleness,
+            lease=c.timeout,
+            folder=folder,
+            checkpoint_every=c.checkpoint_every,
+        ).wait(metrics=metrics, log_every=c.log_every)
+        values = made.task.evaluate(made.eval_fn, state.params)
+        metrics.write(made.steps, values)
+    print("  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+    return state
 
 
 if __name__ == "__main__":

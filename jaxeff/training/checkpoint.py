@@ -20,8 +20,6 @@ from jaxtyping import PyTree
 
 from jaxeff.tree import is_array, path_name
 
-from .step import TrainState
-
 FORMAT = "jaxeff 1"
 
 
@@ -77,11 +75,11 @@ class Checkpoints:
                 "or choose another folder."
             )
 
-    def save(self, state: TrainState, meta: Mapping[str, Any] | None = None) -> None:
+    def save(self, state: Any, meta: Mapping[str, Any] | None = None) -> None:
         """Starts to save; returns when the state may be donated.
 
         Args:
-            state: of step `state.step`.
+            state: a pytree, of step `state.step`.
             meta: anything JSON can hold.
 
         Raises:

@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,13 +38,12 @@ class NonFiniteLoss(ValueError):
         step: the first step that showed it, counted from 1.
     """
 
-    def __init__(self, what: str, step: int, checkpoint: Checkpoints | None):
+    def __init__(self, what: str, step: int, folder: Path | None, last: int | None):
         self.step = step
-        last = None if checkpoint is None else checkpoint.latest()
         kept = (
             "No checkpoint was kept."
-            if checkpoint is None or last is None
-            else f"The last good checkpoint is step {last} in {checkpoint.folder}."
+            if folder is None or last is None
+            else f"The last good checkpoint is step {last} in {folder}."
         )
         super().__init__(
             f"training must stay finite, but {what} at step {step}, so it stopped. "
@@ -215,12 +215,18 @@ def _guarded(
 _finite = jax.jit(all_finite)
 
 
+def _not_finite(what: str, n: int, checkpoint: Checkpoints | None) -> NonFiniteLoss:
+    if checkpoint is None:
+        return NonFiniteLoss(what, n, None, None)
+    return NonFiniteLoss(what, n, checkpoint.folder, checkpoint.latest())
+
+
 def _save(checkpoint: Checkpoints | None, state: TrainState, n: int) -> None:
     if checkpoint is None:
         return
     # A finite loss may have had an infinite gradient.
     if not _finite(state.params):
-        raise NonFiniteLoss("a weight is not finite", n, checkpoint)
+        raise _not_finite("a weight is not finite", n, checkpoint)
     checkpoint.save(state)
 
 
@@ -245,10 +251,10 @@ class _Log:
         self.skipped = self.skipped + 1 if numbers.get("skipped") else 0
         if self.skipped > MOST_SKIPPED:
             what = f"no gradient was finite for {MOST_SKIPPED} steps"
-            raise NonFiniteLoss(what, n, self.checkpoint)
+            raise _not_finite(what, n, self.checkpoint)
         if not math.isfinite(numbers["loss"]) and not self.skipped:
             what = f"the loss is {numbers['loss']}"
-            raise NonFiniteLoss(what, n, self.checkpoint)
+            raise _not_finite(what, n, self.checkpoint)
         self.last = n
         self.shown.update(n, numbers["loss"], examples)
         if self.metrics is not None and (n % self.log_every == 0 or n == self.steps):

@@ -140,7 +140,7 @@ def make_train_step(
 
         def objective(train):
             seen = train if view is None else view(train, state.opt_state)
-            value, aux = _checked(loss(combine(seen, frozen), batch, key))
+            value, aux = checked(loss(combine(seen, frozen), batch, key))
             scaled = value if state.scaler is None else state.scaler.scale(value)
             return scaled, (value, aux)
 
@@ -213,7 +213,8 @@ def _spread(step: Callable, mesh: Mesh) -> Callable:
     return spread
 
 
-def _checked(result: Any) -> tuple[Float[Array, ""], Aux]:
+def checked(result: Any) -> tuple[Float[Array, ""], Aux]:
+    """What a loss returned, if it is what a loss returns."""
     match result:
         case (value, Aux() as aux) if jnp.shape(value) == ():
             return value, aux
