@@ -39,7 +39,7 @@ from jaxeff.models import (
     LANGUAGE_MODELS,
     LanguageModel,
 )
-from jaxeff.parallelism import batch_sharding, make_mesh, replicate
+from jaxeff.parallelism import average, batch_sharding, make_mesh, replicate
 from jaxeff.precision import autocast, DynamicLossScale
 from jaxeff.training import (
     accuracy,
@@ -93,6 +93,9 @@ class Config:
     """Passes over the training images, in place of --steps."""
     batch_size: int = 128
     """Examples per step, over all devices together."""
+    accumulate: int = 1
+    """Parts of each device's share of a batch that are computed one after another, for
+    less memory; the devices add up once. Statistics of a batch are those of a part."""
     sequence: int = 128
     """Bytes of text per example."""
     learning_rate: float = 1e-3
@@ -255,7 +258,7 @@ def optimizer(c: Config, steps: int) -> optax.GradientTransformation:
 
 def check_numbers(c: Config) -> None:
     """Refuses numbers that no run can have."""
-    counts = ("steps", "epochs", "batch_size", "sequence")
+    counts = ("steps", "epochs", "batch_size", "accumulate", "sequence")
     intervals = ("checkpoint_every", "log_every", "eval_every")
     for name in (*counts, *intervals):
         if (value := getattr(c, name)) is not None and value < 1:
@@ -265,10 +268,12 @@ def check_numbers(c: Config) -> None:
             raise ValueError(f"{option_name(name)} is above 0, got {value}.")
     if c.workers < 0:
         raise ValueError(f"--workers is 0 or more, got {c.workers}.")
-    if c.workers and (c.dtype == "float16" or c.eval_every is not None):
+    alone = c.dtype != "float16" and c.eval_every is None and c.accumulate == 1
+    if c.workers and not alone:
         raise ValueError(
-            "with --workers nobody adjusts the loss scale of float16, and the run is "
-            "evaluated at its end. Use bfloat16, and no --eval-every."
+            "with --workers nobody adjusts the loss scale of float16, the run is "
+            "evaluated at its end, and each takes whole batches. Use bfloat16, no "
+            "--eval-every, and a smaller --batch-size in place of --accumulate."
         )
     if c.staleness is not None and not c.workers:
         raise ValueError(
@@ -371,9 +376,7 @@ def run(c: Config) -> None:
     join_processes()
     mesh = make_mesh()
     made = make(c, batch_sharding(mesh, c.batch_size))
-    p, steps = made.problem, made.steps
-    # Whatever does not fit together shows here, before anything is written.
-    jax.eval_shape(gradient(p.loss, p.trainable), p.params, p.batch(0), p.key)
+    steps = made.steps
     train = with_workers if c.workers else in_step
     state = train(c, made, mesh)
     if state is None:
@@ -414,10 +417,17 @@ def begins(c: Config, made: Made, first: int, who: str) -> bool:
 def in_step(c: Config, made: Made, mesh: Mesh) -> TrainState | None:
     """Every device of every process takes its part of each batch."""
     p, to = made.problem, batch_sharding(mesh, c.batch_size)
+    tx, apart = p.tx, None
+    if c.accumulate > 1:
+        tx, apart = optax.chain(average(devices=mesh.shape["data"]), tx), mesh
     scaler = DynamicLossScale() if c.dtype == "float16" else None
-    state = init_state(p.params, p.tx, p.key, trainable=p.trainable, scaler=scaler)
+    state = init_state(p.params, tx, p.key, trainable=p.trainable, scaler=scaler)
     state = replicate(state, mesh)
-    step = make_train_step(p.loss, p.tx, trainable=p.trainable)
+    step = make_train_step(
+        p.loss, tx, trainable=p.trainable, accumulate=c.accumulate, per_device=apart
+    )
+    # Whatever does not fit together shows here, before anything is written.
+    jax.eval_shape(step, state, p.batch(0))
     with Checkpoints(c.output / "checkpoints") as checkpoints:
         if checkpoints.latest() is not None:
             state = checkpoints.restore(state)
@@ -448,7 +458,9 @@ def with_workers(c: Config, made: Made, mesh: Mesh) -> TrainState | None:
             f"--workers are processes of Ray, but this is a job of "
             f"{jax.process_count()}. Start it once."
         )
-    folder = c.output / "checkpoints"
+    p, folder = made.problem, c.output / "checkpoints"
+    # Whatever does not fit together shows here, before anything is written.
+    jax.eval_shape(gradient(p.loss, p.trainable), p.params, p.batch(0), p.key)
     first = max(saved_steps(folder), default=0)
     if not begins(c, made, first, f"{c.workers} worker(s), asynchronous"):
         return None

@@ -1,7 +1,12 @@
-"""The search for how much to remove, so that a model keeps within its budgets."""
+"""The search for how much to remove, so that a model keeps within its budgets.
+
+First how much of everything, by halving. Widths are whole numbers, often of several
+indices, so a part of a budget is left: then couplings get some back, one by one, while
+it holds.
+"""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from jaxtyping import PyTree
 
@@ -12,6 +17,8 @@ from .selection import Selection, Trial
 
 # Halvings of the amount removed: afterwards it is known to a thousandth.
 STEPS = 10
+# Of a budget, that may be left.
+ENOUGH = 0.999
 
 
 def search(
@@ -19,6 +26,7 @@ def search(
     params: PyTree,
     args: tuple,
     selected: Callable[[float], Selection],
+    larger: Callable[[Selection], Iterable[tuple[str, Selection]]],
     budgets: Sequence[Budget],
 ) -> Selection:
     """The selection that removes the least for `at_most`, else the most there is.
@@ -30,6 +38,8 @@ def search(
         params: its weights.
         args: example inputs.
         selected: for an amount in [0, 1] what is removed; 1 is the most.
+        larger: of a selection those where one coupling gets something back, by its
+            name, the most welcome first.
         budgets: all have to be met.
 
     Raises:
@@ -56,6 +66,8 @@ def search(
                 "the budgets exclude each other: the least removal that is cheap "
                 f"enough gives {tried.said(amount, budgets)}. Give up one."
             )
+        if all(b.from_shapes for b in costs):
+            return tried.filled(amount, larger, costs)
         return tried.result(amount)
     if not tried.meets(0.0, budgets):
         raise ValueError(
@@ -98,20 +110,24 @@ class _Tried:
         # Two amounts may round to the same widths.
         key = tuple(int(mask.sum()) for mask in selection.keep.values())
         if key not in self.figures:
-            fn = selection.resize(self.fn)
-            form = shapes(dense(self.params))
-            small = lambda b: selection.take(form if b.from_shapes else self.params)
-            figures = {
-                b.name: float(b.measure(fn, small(b), self.args)) for b in self.budgets
-            }
+            figures = self._figures(selection, self.budgets)
             self.figures[key] = figures
-            met = all(b.met(figures[b.name], self.whole[b.name]) for b in self.budgets)
-            self.trials.append(Trial(amount, figures, met))
+            self.trials.append(Trial(amount, figures, self._met(figures, self.budgets)))
         return self.figures[key]
 
-    def meets(self, amount: float, budgets: Sequence[Budget]) -> bool:
-        figures = self._measure(amount)
+    def _figures(
+        self, selection: Selection, budgets: Sequence[Budget]
+    ) -> dict[str, float]:
+        fn = selection.resize(self.fn)
+        form = shapes(dense(self.params))
+        small = lambda b: selection.take(form if b.from_shapes else self.params)
+        return {b.name: float(b.measure(fn, small(b), self.args)) for b in budgets}
+
+    def _met(self, figures: dict[str, float], budgets: Sequence[Budget]) -> bool:
         return all(b.met(figures[b.name], self.whole[b.name]) for b in budgets)
+
+    def meets(self, amount: float, budgets: Sequence[Budget]) -> bool:
+        return self._met(self._measure(amount), budgets)
 
     def said(self, amount: float, budgets: Sequence[Budget]) -> str:
         figures = self._measure(amount)
@@ -119,6 +135,34 @@ class _Tried:
         return ", ".join(
             f"{b.name} {figures[b.name]:,.6g} (limit {limit(b):,.6g})" for b in budgets
         )
+
+    def filled(
+        self,
+        amount: float,
+        larger: Callable[[Selection], Iterable[tuple[str, Selection]]],
+        costs: Sequence[Budget],
+    ) -> Selection:
+        """What is removed at an amount, less what the budgets have room for.
+
+        A coupling for which there is no room has none later, when the model is larger.
+        """
+        result, figures = self.selected(amount), self._measure(amount)
+        full: set[str] = set()
+        used = lambda b: figures[b.name] / b.limit(self.whole[b.name])
+        while max(map(used, costs)) < ENOUGH:
+            for name, more in larger(result):
+                if name in full:
+                    continue
+                now = self._figures(more, costs)
+                if self._met(now, costs):
+                    back = more.kept - result.kept
+                    self.trials.append(Trial(amount, now, True, (name, back)))
+                    result, figures = more, now
+                    break
+                full.add(name)
+            else:
+                break
+        return dataclasses.replace(result, trials=tuple(self.trials))
 
     def result(self, amount: float) -> Selection:
         return dataclasses.replace(self.selected(amount), trials=tuple(self.trials))

@@ -1,12 +1,12 @@
 """Which indices of which couplings leave: by scores, under a fraction or a budget."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, PyTree
+from jaxtyping import Bool, Float, PyTree
 
 from jaxeff import tree
 from jaxeff.program import Coupling, Couplings, dense, Program, shapes, trace, unlift
@@ -39,6 +39,10 @@ class Widths:
                     f"{name} counts indices and is at least 1, got "
                     f"{getattr(self, name)}. 1 allows every width."
                 )
+
+    def next(self, n: int, size: int) -> int:
+        """The allowed width after `n`."""
+        return min(n + self.multiple - n % self.multiple, size)
 
     def nearest(self, n: int, size: int) -> int:
         """The allowed width nearest to `n`, of a coupling of that size."""
@@ -82,6 +86,8 @@ def select(
             128 TPUs.
         budget: the most the result may cost, or the least it must achieve. As little
             as possible is removed for `at_most`, as much as possible for `at_least`.
+            Where a limit can be told from shapes, couplings then get indices back one
+            by one while it holds.
         approximate: patterns of weights whose couplings may shrink even though the
             function does not stay exactly that of the zeroed indices (a two-pass
             norm over them, say). The selection tells the error.
@@ -118,8 +124,13 @@ def select(
         }
         return Selection(couplings, pick(part), inexact)
 
+    def larger(selection: Selection) -> Iterator[tuple[str, Selection]]:
+        for name, mask in _larger(selection.keep, scores, normalize, widths):
+            keep = {**selection.keep, name: mask}
+            yield name, dataclasses.replace(selection, keep=keep)
+
     if budgets:
-        result = search(fn, params, args, selected, budgets)
+        result = search(fn, params, args, selected, larger, budgets)
     else:
         result = selected(1.0)
     if not result.removed:
@@ -158,17 +169,43 @@ def _masks(
     return masks
 
 
+def _larger(
+    keep: Mapping[str, Bool[np.ndarray, " _"]],
+    scores: Scores,
+    normalize: str,
+    widths: Widths,
+) -> Iterator[tuple[str, Bool[np.ndarray, " _"]]]:
+    """Each coupling with the next more indices, where the best lost index is first."""
+    lost = {
+        name: _comparable(scores[name], normalize)[~mask].max()
+        for name, mask in keep.items()
+        if not mask.all()
+    }
+    for name in sorted(lost, key=lambda name: -lost[name]):
+        n = widths.next(int(keep[name].sum()), keep[name].size)
+        best = np.argsort(-scores[name], kind="stable")[:n]
+        mask = np.zeros_like(keep[name])
+        mask[best] = True
+        yield name, mask
+
+
+def _comparable(
+    values: Float[np.ndarray, " _"], normalize: str
+) -> Float[np.ndarray, " _"]:
+    units = {"mean": np.mean, "max": np.max, "none": lambda x: 1.0}
+    if normalize not in units:
+        raise ValueError(f"normalize is one of {', '.join(units)}, got {normalize!r}.")
+    return values / max(units[normalize](values), 1e-300)
+
+
 def _global_counts(
     scores: Scores, rules: Mapping[str, tuple[float, int]], normalize: str
 ) -> dict[str, int]:
     """How many of each coupling are among the best of all in its group."""
-    units = {"mean": np.mean, "max": np.max, "none": lambda x: 1.0}
-    if normalize not in units:
-        raise ValueError(f"normalize is one of {', '.join(units)}, got {normalize!r}.")
     counts = {}
     for group in dict.fromkeys(g for _, g in rules.values()):
         names = [n for n, (_, g) in rules.items() if g == group]
-        alike = [scores[n] / max(units[normalize](scores[n]), 1e-300) for n in names]
+        alike = [_comparable(scores[n], normalize) for n in names]
         owner = np.repeat(np.arange(len(names)), [x.size for x in alike])
         values = np.concatenate(alike)
         n = round(rules[names[0]][0] * values.size)

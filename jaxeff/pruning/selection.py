@@ -38,11 +38,21 @@ class Trial:
         amount: how far to the most that may be removed, in [0, 1].
         figures: its figure for each budget, by name.
         met: whether it kept within all of them.
+        back: the coupling that got indices back, and how many.
     """
 
     amount: float
     figures: Mapping[str, float]
     met: bool
+    back: tuple[str, int] | None = None
+
+    def __str__(self) -> str:
+        figures = ", ".join(f"{n} {x:,.6g}" for n, x in self.figures.items())
+        if self.back is not None:
+            return f"room for {self.back[1]} more of {self.back[0]}: {figures}"
+        return (
+            f"tried {self.amount:.0%} of the most: {figures}{' (no)' * (not self.met)}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,6 +78,11 @@ class Selection:
     def removed(self) -> int:
         """How many indices leave, over all couplings."""
         return sum(int((~mask).sum()) for mask in self.keep.values())
+
+    @property
+    def kept(self) -> int:
+        """How many stay, over all couplings that were chosen."""
+        return sum(int(mask.sum()) for mask in self.keep.values())
 
     @functools.cached_property
     def plan(self) -> Plan:
@@ -152,11 +167,7 @@ class Selection:
         )
         if self.error is not None:
             lines.append(f"not exact: the outputs are off by {self.error:.2%}")
-        for t in self.trials:
-            figures = ", ".join(f"{n} {x:,.6g}" for n, x in t.figures.items())
-            lines.append(
-                f"tried {t.amount:.0%} of the most: {figures}{'' if t.met else ' (no)'}"
-            )
+        lines += map(str, self.trials)
         return "\n".join(lines)
 
 

@@ -102,6 +102,7 @@ def make_train_step(
     *,
     trainable: Patterns = "**",
     view: Callable[[PyTree, PyTree], PyTree] | None = None,
+    accumulate: int = 1,
     per_device: Mesh | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """`step(state, batch) -> (state, metrics)`, jitted; the old state is donated.
@@ -117,6 +118,11 @@ def make_train_step(
         view: `view(params, opt_state) -> params`, what the loss sees of the weights
             that train; `grad` goes through it. `pruning.masked` shows what masks in
             the optimizer state leave.
+        accumulate: parts of a batch that are computed one after another, for less
+            memory; the mean of their gradients is that of the batch, if the loss is a
+            mean. Part i of k has the examples i, i + k, i + 2 k ...; what the loss
+            updates it updates k times. Devices that share the batch add their
+            gradients up once for each part, but with `per_device` once.
         per_device: a mesh; each device of its axis data computes the gradient of its
             own part of the batch, draws its own random numbers, and leaves it to `tx`
             to average (`parallelism.rounded`, `powersgd`, `average`), before anything
@@ -127,10 +133,14 @@ def make_train_step(
         The step. Its metrics are `loss` and what the loss puts into `Aux`.
 
     Raises:
-        ValueError: while tracing, where the loss returns something else, or
+        ValueError: a batch has no parts; while tracing, where the batch does not divide
+            into its parts, where the loss returns something else, or
             updates an entry that `params` does not have; or with `per_device`, where
             nothing in `tx` averages, or the batch does not divide.
     """
+
+    if accumulate < 1:
+        raise ValueError(f"a batch has 1 part or more, got accumulate={accumulate}.")
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         train, frozen = partition(state.params, trainable)
@@ -138,13 +148,19 @@ def make_train_step(
         if per_device is not None:
             key = jr.fold_in(key, jax.lax.axis_index("data"))
 
-        def objective(train):
+        def objective(train, frozen, batch, key):
             seen = train if view is None else view(train, state.opt_state)
             value, aux = checked(loss(combine(seen, frozen), batch, key))
             scaled = value if state.scaler is None else state.scaler.scale(value)
             return scaled, (value, aux)
 
-        grads, (value, aux) = jax.grad(objective, has_aux=True)(train)
+        gradient = jax.grad(objective, has_aux=True)
+        if accumulate == 1:
+            grads, (value, aux) = gradient(train, frozen, batch, key)
+        else:
+            grads, (value, aux) = _in_parts(
+                gradient, accumulate, train, frozen, batch, key
+            )
         if per_device is not None:
             value, aux = jax.tree.map(_over_devices, (value, aux))
         if state.scaler is not None:
@@ -169,6 +185,43 @@ def make_train_step(
     if per_device is not None:
         step = _spread(step, per_device)
     return jax.jit(step, donate_argnums=0)
+
+
+def _in_parts(
+    gradient: Callable, parts: int, train: PyTree, frozen: PyTree, batch: Any, key: Any
+) -> tuple[PyTree, tuple[Array, Aux]]:
+    """The mean of the gradients of the parts of a batch, one after another."""
+
+    def split(x):
+        if x.shape[0] % parts:
+            raise ValueError(
+                f"a batch divides into its parts, but {x.shape[0]} examples (of a "
+                f"device, with per_device) do not into accumulate={parts}."
+            )
+        # Interleaved: where devices share the batch, each has a share of every part.
+        return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+
+    rows = jax.tree.map(split, batch)
+    first = jax.tree.map(lambda x: x[0], rows)
+    updates = jax.eval_shape(gradient, train, frozen, first, key)[1][1].updates
+    # What one part updates, such as running averages, the next one goes on from.
+    changing = {name: frozen[name] for name in updates}
+
+    def one(carry, part):
+        grads, changing, i = carry
+        seen = type(frozen)({**frozen, **changing}) if changing else frozen
+        new, (value, aux) = gradient(train, seen, part, jr.fold_in(key, i))
+        grads = jax.tree.map(jnp.add, grads, new)
+        return (grads, dict(aux.updates), i + 1), (value, aux.metrics)
+
+    begin = jax.tree.map(jnp.zeros_like, train), changing, 0
+    (grads, changing, _), (values, metrics) = jax.lax.scan(one, begin, rows)
+    grads = jax.tree.map(lambda g: g / parts, grads)
+    return grads, (values.mean(), Aux(jax.tree.map(_over_parts, metrics), changing))
+
+
+def _over_parts(x: Array) -> Array:
+    return x.mean(0) if jnp.issubdtype(x.dtype, jnp.inexact) else x.max(0)
 
 
 def _over_devices(x: Array) -> Array:

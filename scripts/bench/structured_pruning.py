@@ -81,6 +81,8 @@ class Config:
     mixup: float = 0.0
     """Share of the images that are mixed with another; only the teacher, who sees the
     same, is asked for these, so labels are left out if it is above 0."""
+    plain: float = 0.0
+    """Share of the steps, the last ones, in which no image is mixed."""
     seeds: int = 3
     """Runs of each row."""
     output: Path = Path("benchmarks/structured_pruning.json")
@@ -185,26 +187,36 @@ def finetune(c: Config, m: Model, small: Model, epochs: float, seed: int) -> Mod
         0.0, c.learning_rate, max(1, steps // 20), max(2, steps)
     )
     tx = optax.adamw(rate, weight_decay=c.weight_decay)
+    mesh = make_mesh()
+    teacher = replicate(m.params, mesh)
+    state = init_state(small.params, tx, jr.key(seed), trainable="params/**")
+    state, done = replicate(state, mesh), 0
+    for until, share in ((round(steps * (1 - c.plain)), c.mixup), (steps, 0.0)):
+        if until == done:
+            continue
+        loss = distillation(c, m, small, share)
+        step = taught(make_train_step(loss, tx, trainable="params/**"), teacher)
+        batches = data.prefetch(
+            data.batches(m.train, c.batch_size, seed=seed, start_step=done),
+            batch_sharding(mesh, c.batch_size),
+        )
+        state, done = fit(step, state, batches, steps=until), until
+    return dataclasses.replace(small, params=state.params)
+
+
+def distillation(c: Config, m: Model, small: Model, share: float) -> Callable:
+    """The loss, with that share of the images mixed."""
     shift = data.augmentation(m.train)
 
     def augment(key, images):
         first, second = jr.split(key)
         images = images if shift is None else shift(first, images)
-        return mixed(second, images, c.mixup)
+        return mixed(second, images, share) if share else images
 
-    student = classifier(small.train_fn, augment=augment if c.mixup else shift)
+    student = classifier(small.train_fn, augment=augment)
+    # Where some are mixed, none has labels, and the answers tell enough.
     weight = 1.0 if c.mixup else 0.9
-    loss = response_loss(student, m.fn, temperature=c.temperature, weight=weight)
-    mesh = make_mesh()
-    step = make_train_step(loss, tx, trainable="params/**")
-    state = init_state(small.params, tx, jr.key(seed), trainable="params/**")
-    batches = data.prefetch(
-        data.batches(m.train, c.batch_size, seed=seed),
-        batch_sharding(mesh, c.batch_size),
-    )
-    taught_step = taught(step, replicate(m.params, mesh))
-    state = fit(taught_step, replicate(state, mesh), batches, steps=steps)
-    return dataclasses.replace(small, params=state.params)
+    return response_loss(student, m.fn, temperature=c.temperature, weight=weight)
 
 
 def mixed(key: Any, images: Any, share: float) -> Any:
@@ -259,6 +271,9 @@ def measure(c: Config, m: Model, score: str, scope: str, seed: int) -> dict[str,
 
 def run(c: Config) -> None:
     """Every row that is not there yet; then the table."""
+    for name in ("mixup", "plain"):
+        if not 0 <= (value := getattr(c, name)) <= 1:
+            raise ValueError(f"--{name} is a share, in [0, 1], got {value}.")
     if c.rounds < 1 or c.round_epochs * (c.rounds - 1) > c.epochs:
         raise ValueError(
             f"{c.rounds} rounds of {c.round_epochs:g} epochs each but the last do not "
@@ -275,6 +290,7 @@ def run(c: Config) -> None:
         "weight_decay": c.weight_decay,
         "temperature": c.temperature,
         "mixup": c.mixup,
+        "plain": c.plain,
     }
     rows = rows_so_far(c.output, options)
     done = {

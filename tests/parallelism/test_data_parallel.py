@@ -8,9 +8,19 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 import pytest
 
-from jaxeff.parallelism import batch_sharding, make_mesh, replicate, shard_batch
+from jaxeff.data import Batch
+from jaxeff.parallelism import (
+    audit,
+    average,
+    batch_sharding,
+    make_mesh,
+    replicate,
+    shard_batch,
+)
+from jaxeff.training import Aux, init_state, make_train_step
 from tests.parallelism import worker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +60,23 @@ def test_each_device_computes_its_part_of_the_batch():
     whole = jax.jit(jax.grad(worker.objective)).lower(params, batch).compile()
     assert "all-reduce" in compiled.as_text()
     assert compiled.cost_analysis()["flops"] < whole.cost_analysis()["flops"] / 4
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_devices_add_up_once_however_many_parts_a_batch_has(parts):
+    mesh, (params, _) = make_mesh(), worker.problem()
+    images, labels = jnp.ones((64, 8, 8)), jnp.zeros(64, jnp.int32)
+    to = batch_sharding(mesh, 64)
+    batch = Batch(jax.device_put(images, to), jax.device_put(labels, to))
+    tx = optax.chain(average(devices=8), optax.sgd(0.1))
+    loss = lambda params, batch, key: (worker.objective(params, batch), Aux())
+    step = make_train_step(loss, tx, accumulate=parts, per_device=mesh)
+    state = replicate(init_state(params, tx, jr.key(0)), mesh)
+    found = audit(jax.jit(step).lower(state, batch).compile(), mesh)
+    gradients = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert found.bytes == found.of("all-reduce", "data").bytes == gradients + 4
+    # In a loop they would be counted as often as it turns.
+    assert all(c.count == 1 for c in found.collectives)
 
 
 def test_replicate_puts_the_whole_on_every_device_keys_included():

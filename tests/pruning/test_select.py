@@ -1,5 +1,7 @@
 """What is chosen to leave: scopes, widths, budgets, approximations, whole blocks."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -175,6 +177,30 @@ def test_a_budget_is_kept_and_hardly_undercut(scope, getkey):
     assert max(t.amount for t in chosen.trials if not t.met) < enough
     assert close(small_fn(small, x), model.apply(chosen.zeroed(params), x))
     assert "FLOPs" in str(chosen) and "(no)" in str(chosen)
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_no_coupling_has_room_for_more(scope, getkey):
+    model, params, x = resnet(getkey())
+    limit = 0.5 * trace(model.apply, params, x).costs.flops
+    chosen = select(model.apply, params, x, budget=flops(0.5), scope=scope, multiple=2)
+    back = [t for t in chosen.trials if t.back]
+    assert all(t.met for t in back) and chosen.trials[-1].figures["FLOPs"] <= limit
+    if back:
+        assert f"room for {back[-1].back[1]} more of {back[-1].back[0]}" in str(chosen)
+
+    def cost(keep):
+        more = dataclasses.replace(chosen, keep=keep)
+        small = more.take(params)
+        return trace(more.resize(model.apply), small, x).costs.flops
+
+    assert cost(chosen.keep) <= limit
+    for name, mask in chosen.keep.items():
+        assert mask.sum() % 2 == 0 or mask.all()
+        if not mask.all():
+            more = mask.copy()
+            more[np.flatnonzero(~mask)[:2]] = True
+            assert cost({**chosen.keep, name: more}) > limit
 
 
 def test_several_budgets_are_all_kept():

@@ -231,6 +231,30 @@ def test_a_run_leaves_its_metrics_its_options_and_its_model(tmp_path):
     assert about["model"] == "mlp" and about["steps"] == steps
 
 
+def test_the_parts_of_a_batch_are_a_run_like_the_whole(tmp_path):
+    losses = []
+    for parts in (1, 5):
+        out = tmp_path / str(parts)
+        options = ("--accumulate", parts, "--log-every", 10, "--output", out)
+        train(*TINY, "--steps", 10, *options)
+        losses.append(lines(out)[0]["loss"])
+    assert np.allclose(*losses, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_workers_train_the_same_model(tmp_path):
+    pytest.importorskip("ray")
+    out = tmp_path / "run"
+    options = ("--workers", 2, "--steps", 80, "--output", out, "--log-every", 40)
+    said, _ = finish(start(*TINY, *options))
+    assert "2 worker(s), asynchronous; steps 0 to 80" in said
+    found = lines(out)
+    assert [x["step"] for x in found] == [40, 80, 80]
+    assert found[-1]["test_accuracy"] > 0.8
+    again, _ = finish(start(*TINY, *options, "--resume"))
+    assert "nothing to do" in again
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_mixed_precision_trains_too(tmp_path, dtype):
     out = tmp_path / "run"
@@ -350,6 +374,10 @@ def test_what_cannot_run_is_one_line_and_leaves_nothing_behind(tmp_path, capsys)
         (("--batch-size", 12), "a batch of 12 does not divide by 8"),
         (("--batch-size", 8000), "batch_size is 8000 and digits/train has 1437"),
         (("--steps", 0), "--steps is 1 or more, got 0"),
+        (("--accumulate", 3), "16 examples (of a device, with per_device) do not into"),
+        (("--workers", -1), "--workers is 0 or more, got -1"),
+        (("--workers", 2, "--dtype", "float16"), "Use bfloat16, no --eval-every"),
+        (("--staleness", 2), "--staleness bounds how far --workers drift apart, got 2"),
         (("--learning-rate", -1), "--learning-rate is above 0, got -1.0"),
         (("--sizes", "width=9"), "no option width"),
         (("--sizes", "stages=wide"), "got 'stages=wide'"),

@@ -219,3 +219,61 @@ def test_all_finite_sees_one_bad_entry_in_any_float_array(bad):
     good = {"a": jnp.ones(3), "b": jnp.ones((2, 2), jnp.bfloat16), "i": jnp.arange(3)}
     assert all_finite(good)
     assert not all_finite(good | {"b": good["b"].at[1, 0].set(bad)})
+
+
+# Parts of a batch.
+
+
+def plain_problem(getkey):
+    """A loss that is a mean over examples, with nothing else in it."""
+    params = {"w": jr.normal(getkey(), (5, 3)), "n": jnp.arange(3)}
+    batch = jr.normal(getkey(), (12, 5)), jr.normal(getkey(), (12, 3))
+
+    def loss(params, batch, key):
+        x, y = batch
+        off = ((jnp.tanh(x @ params["w"]) - y) ** 2).mean(-1)
+        return off.mean(), Aux({"off": off.mean(), "most": jnp.array(len(off))})
+
+    return loss, params, batch
+
+
+@pytest.mark.parametrize("parts", [2, 3, 12])
+def test_the_parts_of_a_batch_add_up_to_it(parts, getkey):
+    loss, params, batch = plain_problem(getkey)
+    tx = optax.sgd(0.1, momentum=0.9)
+    states = []
+    for accumulate in (1, parts):
+        step = make_train_step(loss, tx, accumulate=accumulate)
+        state = init_state(params, tx, jr.key(0))
+        for _ in range(3):
+            state, metrics = step(state, batch)
+        states.append((state.params, state.opt_state, metrics["loss"], metrics["off"]))
+        assert metrics["most"] == 12 // accumulate
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    jax.tree.map(near, *states)
+
+
+def test_each_part_goes_on_from_the_running_averages_and_draws_its_own():
+    _, state, data = small_run()
+    loss, batch = make_loss(Net()), next(data(0))
+    start = jax.tree.map(jnp.copy, state.params)
+    step = make_train_step(loss, optax.sgd(0.0), accumulate=2, trainable=TRAINABLE)
+    state = init_state(start, optax.sgd(0.0), jr.key(1), trainable=TRAINABLE)
+    state, metrics = step(state, batch)
+    key, now, values = jr.fold_in(jr.key(1), 0), start, []
+    for i in range(2):
+        part = jax.tree.map(lambda x, i=i: x[i::2], batch)
+        value, aux = loss(now, part, jr.fold_in(key, i))
+        now, values = {**now, **aux.updates}, [*values, value]
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    jax.tree.map(near, dict(state.params), now)
+    near(metrics["loss"], sum(values) / 2)
+
+
+def test_a_batch_that_has_no_such_parts_is_an_error(getkey):
+    loss, params, batch = plain_problem(getkey)
+    with pytest.raises(ValueError, match="1 part or more, got accumulate=0"):
+        make_train_step(loss, TX, accumulate=0)
+    step = make_train_step(loss, TX, accumulate=5)
+    with pytest.raises(ValueError, match="12 examples .* do not into accumulate=5"):
+        step(init_state(params, TX, jr.key(0)), batch)
