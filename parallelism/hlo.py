@@ -125,7 +125,7 @@ class Module:
         test = self.computations[parts["condition"]][-1]
         if test.opcode != "compare" or "direction=LT" not in test.attributes:
             return None
-        counter = self.by_name[test.operands[0]]
+        counter = self._copied(test.operands[0])
         at = re.search(r"index=(\d+)", counter.attributes)
         end = self._constant(test.operands[1])
         if counter.opcode != "get-tuple-element" or at is None or end is None:
@@ -136,18 +136,23 @@ class Module:
         if before.opcode != "tuple" or after.opcode != "tuple":
             return None
         start = self._constant(before.operands[place])
-        add = self.by_name[after.operands[place]]
+        add = self._copied(after.operands[place])
         steps = [self._constant(name) for name in add.operands]
         step = next((n for n in steps if n is not None), None)
         if add.opcode != "add" or start is None or step is None or step < 1:
             return None
         return max(0, -((start - end) // step))
 
-    def _constant(self, name: str) -> int | None:
-        """The integer that an instruction is, directly or as a copy."""
+    def _copied(self, name: str) -> Instruction:
+        """An instruction, or the one that it copies."""
         i = self.by_name[name]
         while i.opcode in ("copy", "bitcast") and i.operands:
             i = self.by_name[i.operands[0]]
+        return i
+
+    def _constant(self, name: str) -> int | None:
+        """The integer that an instruction is, directly or as a copy."""
+        i = self._copied(name)
         is_one = i.opcode == "constant" and re.fullmatch(r"-?\d+", i.arguments)
         return int(i.arguments) if is_one else None
 

@@ -16,6 +16,9 @@ import dataclasses
 import logging
 import math
 import os
+import secrets
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,6 +199,66 @@ class _Worker:
             counted += ray.get(server.give.remote(work.ticket, done))
 
 
+# What holds a cluster until its input ends, as it does when the run is gone.
+_HEAD = """
+import logging, sys, ray
+quiet = {"include_dashboard": False, "log_to_driver": False}
+found = ray.init(num_cpus=int(sys.argv[1]), logging_level=logging.ERROR, **quiet)
+print(found.address_info["address"], flush=True)
+sys.stdin.read()
+"""
+
+
+class _Cluster:
+    """Ray on this machine, started by a process of its own and connected to.
+
+    Ray forks when it starts, and a process in which JAX has threads may then hang.
+    """
+
+    def __init__(self, cores: int):
+        # Nobody else on this machine may join. Ray reads this when it is imported.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _HEAD, str(cores)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        address = self._process.stdout.readline().strip()
+        if not address:
+            said = self._process.communicate()[1].strip().splitlines() or ["no reason"]
+            raise ValueError(f"Ray does not start on this machine: {said[-1]}.")
+        import ray
+
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+
+    def close(self) -> None:
+        import ray
+
+        ray.shutdown()
+        self._process.communicate()
+
+
+def _connected() -> bool:
+    """Whether Ray runs already.
+
+    Raises:
+        ValueError: it is only imported.
+    """
+    if "ray" not in sys.modules:
+        return False
+    running = sys.modules["ray"].is_initialized()
+    if not running and "RAY_AUTH_MODE" not in os.environ:
+        raise ValueError(
+            "Ray was imported, but not started: call ray.init() before the run, or "
+            "leave both to it."
+        )
+    return running
+
+
 class _Member(NamedTuple):
     name: str
     actor: Any
@@ -248,18 +311,11 @@ class Asynchronous:
                 f"restarts={restarts}."
             )
         require("ray", "asynchronous runs")
+        # A core is no more than a name here: workers share what there is.
+        cores = max(os.cpu_count() or 1, workers + 4)
+        self._cluster = None if _connected() else _Cluster(cores)
         import ray
 
-        self._started = not ray.is_initialized()
-        if self._started:
-            # A core is no more than a name here: workers share what there is.
-            cores = max(os.cpu_count() or 1, workers + 4)
-            ray.init(
-                num_cpus=cores,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
         self.steps, self.restarts, self._problem = steps, restarts, problem
         self.folder = None if folder is None else Path(folder).resolve()
         options = Options(
@@ -413,8 +469,8 @@ class Asynchronous:
             ray.kill(member.actor)
         ray.kill(self._server)
         self._working.clear()
-        if self._started:
-            ray.shutdown()
+        if self._cluster is not None:
+            self._cluster.close()
 
     def __enter__(self) -> "Asynchronous":
         return self

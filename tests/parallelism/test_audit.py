@@ -231,7 +231,8 @@ LOOP = """HloModule m
   %two = s32[]{:T(128)} constant(2)
   %next = s32[]{:T(128)} add(%i, %two)
   %y = f32[8]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%add
-  ROOT %out = (s32[], f32[8]) tuple(%next, %y)
+  %kept = s32[]{:T(128)} copy(%next)
+  ROOT %out = (s32[], f32[8]) tuple(%kept, %y)
 }
 
 %test (q: (s32[], f32[8])) -> pred[] {

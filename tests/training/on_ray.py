@@ -1,4 +1,4 @@
-"""A run on Ray, as a program of its own: one worker is killed, one stopped, one joins.
+"""A run on Ray, as a program of its own: a worker joins, and all others die or stop.
 
 Prints, as JSON, what the record of its updates says.
 """
@@ -17,7 +17,7 @@ from jaxeff.data import batches, digits
 from jaxeff.training.asynchronous import Asynchronous, Problem
 from tests.training.small import make_loss, Net, TRAINABLE, TX, variables
 
-STEPS = 120
+STEPS = 80
 
 
 def problem():
@@ -48,6 +48,9 @@ def unruly(happened):
         if "joined" not in happened and n >= 30:
             happened["joined"] = n
             happened["name"] = run.add_worker()
+        if "alone" not in happened and n >= 40:
+            os.kill(run.pids()["worker 2"], signal.SIGKILL)
+            happened["alone"] = n
 
     return look
 
