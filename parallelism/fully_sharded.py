@@ -23,8 +23,6 @@ from jaxeff import tree
 from jaxeff.program import Conv, dense, Dot, is_leaf, Leaf, lift, Rewritten, trace
 from jaxeff.tree import pytree, static
 
-# Numbers that a TPU keeps together, in the last two dims of an array.
-TILE = (8, 128)
 # Names of mesh axes for the dims of a weight, counted from the last: a scan takes
 # slices of the first.
 Spec = tuple[Any, ...]
@@ -192,11 +190,8 @@ def fully_shard(
         small = math.prod(w.shape[d] for d in dims) < least
         if devices == 1 or small or not free:
             return _spec(w)
-        # Of parts that cut through tiles, TPUs sum up what they could gather.
-        tile = lambda d: TILE[d - w.ndim] if w.ndim - d <= len(TILE) else 1
-        in_tiles = lambda d: w.shape[d] // devices % tile(d) == 0
-        best = max(free, key=lambda d: (in_tiles(d), w.shape[d]))
-        return tuple(axis if d == best else a for d, a in enumerate(_spec(w)))
+        longest = max(free, key=lambda d: w.shape[d])
+        return tuple(axis if d == longest else a for d, a in enumerate(_spec(w)))
 
     specs, placed = {}, {}
     for path, weight in weights.items():

@@ -67,11 +67,13 @@ class Found:
 def llama(n: int) -> tuple[Callable, Any, Any]:
     """A loss, its weights' shapes and a batch's, for `n` devices in one axis.
 
-    Every dim divides among them, and is large enough that TPUs exchange it by itself.
+    Every dim divides among them, and is so large that TPUs gather parts of it: parts of
+    less than about 100 KB they sum up, which takes no longer.
     """
-    d = max(128, 8 * n)
-    sizes = {"d_model": d, "n_heads": n, "n_kv_heads": n, "hidden": 2 * d}
-    model = build("llama", vocab_size=VOCAB, n_layers=LAYERS, scan=True, **sizes)
+    d = max(128, 16 * n)
+    heads = d // 128
+    sizes = {"d_model": d, "n_heads": heads, "n_kv_heads": heads, "hidden": 2 * d}
+    model = build("llama", vocab_size=d, n_layers=LAYERS, scan=True, **sizes)
     tokens = jax.ShapeDtypeStruct((2 * n, LENGTH), jnp.int32)
     params = jax.eval_shape(model.init, jr.key(0), tokens)
     fn, _ = forms(model, params)
@@ -124,7 +126,8 @@ def fully_sharded(devices: list) -> Found:
     mesh = make_mesh(fsdp=n, devices=devices)
     loss, params, tokens = llama(n)
     # Scales stay whole: the backward may do without them.
-    fn, placed = parallelism.fully_shard(loss, params, tokens, mesh=mesh, least=4096)
+    least = 2 * params["params"]["embed"]["embedding"].shape[1]
+    fn, placed = parallelism.fully_shard(loss, params, tokens, mesh=mesh, least=least)
     to = batch_sharding(mesh, tokens.shape[0])
     tokens = jax.ShapeDtypeStruct(tokens.shape, tokens.dtype, sharding=to)
     out = jax.tree.map(lambda s: s.sharding, placed)
