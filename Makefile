@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
-pytest := $(bin)/python -m pytest -n 2 --dist worksteal
+# Three at a time: on two cores one of them often waits for a program it has started.
+pytest := $(bin)/python -m pytest -n 3 --dist worksteal --durations 20
 # Most of the time of small tests is spent in compiling; the slow ones are optimized.
 unoptimized := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0"
 

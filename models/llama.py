@@ -78,6 +78,14 @@ LLAMA_70B = LlamaConfig(  # of Llama 2
     n_heads=64,
     n_kv_heads=8,
 )
+# Grattafiori et al. 2024, arXiv:2407.21783, table 3.
+LLAMA_3_70B = dataclasses.replace(
+    LLAMA_70B,
+    vocab_size=128_256,
+    rope="half",
+    rope_theta=500_000.0,
+    norm_eps=1e-5,
+)
 # The sizes of Llama 3.2 1B with LLaMA's vocabulary: 1.1 billion parameters.
 LLAMA_1B = LlamaConfig(
     vocab_size=32_000,

@@ -13,7 +13,9 @@ from .compression import (
 )
 from .data_parallel import (
     batch_sharding as batch_sharding,
+    batch_share as batch_share,
     replicate as replicate,
+    replicate_rest as replicate_rest,
     shard_batch as shard_batch,
 )
 from .experts import Mixed as Mixed, mixture_of_experts as mixture_of_experts
@@ -26,8 +28,9 @@ from .layers import (
     plan_layers as plan_layers,
 )
 from .local_steps import diloco as diloco, local_weights as local_weights
-from .mesh import make_mesh as make_mesh
+from .mesh import make_mesh as make_mesh, tpu_devices as tpu_devices
 from .per_device import (
+    apart as apart,
     averages as averages,
     PerDevice as PerDevice,
     place_state as place_state,
@@ -63,3 +66,4 @@ from .tensor import (
     Split as Split,
     TensorPlan as TensorPlan,
 )
+from .zero import zero as zero

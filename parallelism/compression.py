@@ -130,13 +130,17 @@ def rounded(
     Raises:
         ValueError: another number of bits, or another block.
     """
+    return _with_remainders(_rounding(bits, block), block, devices, axis)
+
+
+def _rounding(bits: int, block: int) -> _Coder:
     coders = {8: _integers(8, block), 4: _integers(4, block), 1: _signs(block)}
     if bits not in coders or block < 8 or block % 8:
         raise ValueError(
             f"gradients are rounded to 8, 4 or 1 bits in blocks of a multiple of 8, "
             f"got {bits} bits in blocks of {block}."
         )
-    return _both_ways(coders[bits], block, devices, axis)
+    return coders[bits]
 
 
 def float8(*, devices: int, axis: str = "data", block: int = 256) -> Compression:
@@ -163,33 +167,58 @@ def float8(*, devices: int, axis: str = "data", block: int = 256) -> Compression
         codes, scale = sent
         return jax.lax.bitcast_convert_type(codes, kind).astype(jnp.float32) * scale
 
-    return _both_ways(_blocked(encode, decode, block, 1.0), block, devices, axis)
+    coder = _blocked(encode, decode, block, 1.0)
+    return _with_remainders(coder, block, devices, axis)
 
 
-def _both_ways(coder: _Coder, block: int, devices: int, axis: str) -> Compression:
-    piece = lambda size: -(-size // (devices * block)) * block
+class _Exchange(NamedTuple):
+    """A mean over the devices in fewer bytes: rounded on the way there, and back."""
 
-    def start(size):
-        return {"there": devices * piece(size), "back": piece(size)}
+    coder: _Coder
+    block: int
+    devices: int
+    axis: str
 
-    def reduce(flat, step, own):
-        n, size = piece(flat.size), flat.size
-        mine = own["there"] + jnp.pad(flat, (0, devices * n - size))
-        out = coder.encode(mine.reshape(devices, n))
+    def piece(self, size: int) -> int:
+        """Numbers that each device averages, of `size`."""
+        return -(-size // (self.devices * self.block)) * self.block
+
+    def mean(self, flat: Array, there: Any = 0.0, back: Any = 0.0) -> tuple:
+        """The mean, and what the rounding there and back left out.
+
+        Args:
+            flat: one vector.
+            there, back: what the last rounding left out.
+        """
+        n, size, coder = self.piece(flat.size), flat.size, self.coder
+        mine = there + jnp.pad(flat, (0, self.devices * n - size))
+        out = coder.encode(mine.reshape(self.devices, n))
         there = mine - coder.decode(out).reshape(-1)
-        swap = lambda a: jax.lax.all_to_all(a, axis, 0, 0, tiled=True)
+        swap = lambda a: jax.lax.all_to_all(a, self.axis, 0, 0, tiled=True)
         came = coder.decode(jax.tree.map(swap, out))
-        mean = came.mean(0) + own["back"]
+        mean = came.mean(0) + back
         out = coder.encode(mean[None])
         back = mean - coder.decode(out)[0]
-        gather = lambda a: jax.lax.all_gather(a, axis, tiled=True)
+        gather = lambda a: jax.lax.all_gather(a, self.axis, tiled=True)
         whole = coder.decode(jax.tree.map(gather, out)).reshape(-1)[:size]
+        return whole, there, back
+
+    def sent(self, size: int) -> float:
+        """Bytes that each device sends."""
+        return 2 * (self.devices - 1) * self.coder.bytes(self.piece(size))
+
+
+def _with_remainders(coder: _Coder, block: int, devices: int, axis: str) -> Compression:
+    exchange = _Exchange(coder, block, devices, axis)
+
+    def start(size):
+        return {"there": devices * exchange.piece(size), "back": exchange.piece(size)}
+
+    def reduce(flat, step, own):
+        whole, there, back = exchange.mean(flat, own["there"], own["back"])
         return whole, {"there": there, "back": back}
 
-    def sent(size):
-        return 2 * (devices - 1) * coder.bytes(piece(size))
-
-    return _on_vector(axis, devices, start, reduce, sent)
+    return _on_vector(axis, devices, start, reduce, exchange.sent)
 
 
 def _blocked(encode: Callable, decode: Callable, block: int, each: float) -> _Coder:
@@ -294,7 +323,13 @@ def random_k(
 
 
 def powersgd(
-    rank: int = 4, *, devices: int, axis: str = "data", seed: int = 0
+    rank: int = 4,
+    *,
+    devices: int,
+    axis: str = "data",
+    bits: int | None = None,
+    block: int = 256,
+    seed: int = 0,
 ) -> Compression:
     """The gradient of each matrix as a product of two thin ones: one power iteration.
 
@@ -306,20 +341,35 @@ def powersgd(
         rank: columns of the thin matrices, >= 1.
         devices: of the axis.
         axis: whose devices share the batch.
+        bits: of each number of the thin matrices, which are rounded as by `rounded`: in
+            8 bits four times the rank takes as many bytes. None is float32.
+        block: numbers with a scale of their own, of rounded ones.
         seed: of the first thin matrices.
 
     Raises:
-        ValueError: the rank is below 1.
+        ValueError: the rank is below 1, or as `rounded` does.
     """
     check_devices(devices)
     if rank < 1:
         raise ValueError(f"a matrix has rank 1 or more, got rank={rank}.")
+    exchange = None
+    if bits is not None:
+        exchange = _Exchange(_rounding(bits, block), block, devices, axis)
 
     def thin(x):
         if x is None:  # it does not train
             return False
         rows, columns = math.prod(x.shape[:-1]), x.shape[-1] if x.ndim else 1
         return x.ndim > 1 and rank * (rows + columns) < rows * columns
+
+    def mean(factors):
+        """Of all thin matrices in one message; the same everywhere."""
+        if not factors:
+            return factors
+        flat, unravel = ravel_pytree(factors)
+        if exchange is None:
+            return unravel(jax.lax.pmean(flat, axis))
+        return unravel(exchange.mean(flat)[0])
 
     def init(params):
         leaves, structure = jax.tree.flatten(params, is_leaf=_is_none)
@@ -337,36 +387,46 @@ def powersgd(
             jnp.zeros([], jnp.int32), unflatten(first), PerDevice(unflatten(left))
         )
 
-    def one(g, q, left):
-        if g is None or q is None:
-            return None if g is None else jax.lax.pmean(g, axis), None, None
-        mine = g.astype(jnp.float32) + left[0]
-        m = mine.reshape(-1, g.shape[-1])
-        p = jnp.linalg.qr(jax.lax.pmean(m @ q, axis))[0]
-        # Both factors are the same everywhere; the remainder is each device's own.
-        q = jax.lax.pmean(m.T @ p, axis)
-        near = (p @ q.T).reshape(g.shape)
-        return near.astype(g.dtype), q, (mine - near)[None]
-
     def update(grads, state, params=None):
         check_axis(axis, devices)
         flat, structure = jax.tree.flatten(grads, is_leaf=_is_none)
         old = jax.tree.leaves(state.shared, is_leaf=_is_none)
         left = jax.tree.leaves(state.own.values, is_leaf=_is_none)
-        out = [one(*of) for of in zip(flat, old, left, strict=True)]
-        mean, q, left = (
-            jax.tree.unflatten(structure, of) for of in zip(*out, strict=True)
+        # By their place: the matrices that are sent as thin ones.
+        split = [i for i, q in enumerate(old) if q is not None]
+        mine = {i: flat[i].astype(jnp.float32) + left[i][0] for i in split}
+        m = {i: mine[i].reshape(-1, mine[i].shape[-1]) for i in split}
+        p = mean({i: m[i] @ old[i] for i in split})
+        p = {i: jnp.linalg.qr(x)[0] for i, x in p.items()}
+        q = mean({i: m[i].T @ p[i] for i in split})
+        # Both are the same everywhere; the remainder is each device's own.
+        near = {i: (p[i] @ q[i].T).reshape(mine[i].shape) for i in split}
+
+        def whole(i, g):
+            if g is None:
+                return None
+            return near[i].astype(g.dtype) if i in q else jax.lax.pmean(g, axis)
+
+        unflatten = lambda of: jax.tree.unflatten(structure, of)
+        every = range(len(flat))
+        kept = [(mine[i] - near[i])[None] if i in q else None for i in every]
+        new = _State(
+            state.step + 1,
+            unflatten([q.get(i) for i in every]),
+            PerDevice(unflatten(kept)),
         )
-        return mean, _State(state.step + 1, q, PerDevice(left))
+        return unflatten([whole(i, g) for i, g in enumerate(flat)]), new
 
     def sent(params):
-        total = 0
-        for x in jax.tree.leaves(params):
-            if thin(x):
-                total += rank * (math.prod(x.shape[:-1]) + x.shape[-1]) * 4
-            else:
-                total += x.size * x.dtype.itemsize
-        return 2 * (devices - 1) / devices * total
+        leaves = jax.tree.leaves(params)
+        full = sum(x.size * x.dtype.itemsize for x in leaves if not thin(x))
+        split = [x for x in leaves if thin(x)]
+        rows = rank * sum(math.prod(x.shape[:-1]) for x in split)
+        columns = rank * sum(x.shape[-1] for x in split)
+        factor = 2 * (devices - 1) / devices
+        if exchange is None:
+            return factor * (full + 4 * (rows + columns))
+        return factor * full + exchange.sent(rows) + exchange.sent(columns)
 
     return Compression(init, update, sent)
 

@@ -11,7 +11,6 @@ Source: Rajbhandari et al. 2020, arXiv:1910.02054, section 5.3 (ZeRO stage 3).
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,9 +22,7 @@ from jaxeff import tree
 from jaxeff.program import Conv, dense, Dot, is_leaf, Leaf, lift, Rewritten, trace
 from jaxeff.tree import pytree, static
 
-# Names of mesh axes for the dims of a weight, counted from the last: a scan takes
-# slices of the first.
-Spec = tuple[Any, ...]
+from .parts import Spec, spec_of, split_once_more
 
 
 @pytree
@@ -37,7 +34,8 @@ class _InParts(Leaf):
         structure: how. (Not the weight itself: what a leaf of leaves does with them is
             run on dense arrays.)
         mesh: over which they are in parts.
-        stored, used: how each array lies there before and after it is gathered.
+        stored, used: how each array lies there before and after it is gathered, its
+            dims counted from the last: a scan takes slices of the first.
     """
 
     arrays: tuple[Any, ...]
@@ -181,23 +179,21 @@ def fully_shard(
     devices = mesh.shape[axis]
     weights = tree.paths(params, is_leaf)
     kept = set(tree.match(whole, weights)) if whole else set()
-    scanned = trace(fn, params, *args, **kwargs).scanned
+    if devices > 1:
+        scanned = trace(fn, params, *args, **kwargs).scanned
+    else:
+        scanned = {}
 
     def stored(path: str, w: Any) -> Spec:
         """How an array is to be stored."""
         dims = [d for d in range(w.ndim) if d not in scanned.get(path, ())]
-        free = [d for d in dims if _spec(w)[d] is None and w.shape[d] % devices == 0]
-        small = math.prod(w.shape[d] for d in dims) < least
-        if devices == 1 or small or not free:
-            return _spec(w)
-        longest = max(free, key=lambda d: w.shape[d])
-        return tuple(axis if d == longest else a for d, a in enumerate(_spec(w)))
+        return split_once_more(w, axis, devices, least, dims)
 
     specs, placed = {}, {}
     for path, weight in weights.items():
         arrays, structure = jax.tree.flatten(weight)
         inside = [f"{path}/{n}".rstrip("/") for n in tree.paths(weight)]
-        before = tuple(map(_spec, arrays))
+        before = tuple(map(spec_of, arrays))
         after = before if path in kept else tuple(map(stored, inside, arrays))
         if after != before:
             specs[path] = after, before
@@ -210,14 +206,8 @@ def fully_shard(
             f"the shape {tuple(biggest.shape)}. Take a number that divides a dim of "
             f"it, or least below {least:,}."
         )
-    return FullySharded(fn, mesh, specs), tree.replaced(params, placed, is_leaf)
-
-
-def _spec(w: Any) -> Spec:
-    """How an array lies on its mesh, dim by dim."""
-    sharding = getattr(w, "sharding", None)
-    given = tuple(sharding.spec) if isinstance(sharding, NamedSharding) else ()
-    return given + (None,) * (w.ndim - len(given))
+    gathered = FullySharded(fn, mesh, specs) if specs else fn
+    return gathered, tree.replaced(params, placed, is_leaf)
 
 
 def _placed(w: Any, sharding: NamedSharding) -> Any:

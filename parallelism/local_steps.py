@@ -61,8 +61,7 @@ def diloco(
         axis: whose devices train apart.
 
     Returns:
-        An optax transform for a step with `per_device` and `view=local_weights`. A
-        weight that all devices hold takes `every` steps to learn from the others.
+        An optax transform for a step with `per_device` and `view=local_weights`.
         `sent(params)` is the mean over the steps.
 
     Raises:

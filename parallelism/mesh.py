@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
 # From the axis that sends least and seldom to the one that sends most: the devices of
@@ -72,6 +72,33 @@ def make_mesh(
     within = [n // s for n, s in zip(shape, across, strict=True)]
     laid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
     return Mesh(np.asarray(laid), AXES, axis_types=types)
+
+
+def tpu_devices(topology: str) -> list[jax.Device]:
+    """The devices of TPUs that need not be there: programs compile for them.
+
+        mesh = make_mesh(fsdp=256, devices=tpu_devices("v6e:16x16"))
+
+    Nothing can run on them. What a compiled program would take and send can be read:
+    `compiled.memory_analysis()`, `audit`.
+
+    Args:
+        topology: kind and shape, such as "v5p:2x2x4" or "v6e:16x16".
+
+    Raises:
+        ValueError: the TPU compiler is not installed, or does not know the topology.
+    """
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    # JAX gives its own and the runtime's.
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(
+            f"there is no TPU compiler here, or it does not know {topology!r}: {why}. "
+            "It comes with pip install -e '.[tpu]', and topologies are written as in "
+            "v5p:2x2x4."
+        ) from None
+    return list(found.devices)
 
 
 def _sizes(data: int | None, others: dict[str, int], have: int) -> dict[str, int]:

@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Bool, Int, PyTree
 
 from jaxeff.program import halves, trace
-from jaxeff.tree import pytree
+from jaxeff.tree import paths, pytree
 
 from .balance import balance
 from .schedules import Schedule
@@ -191,7 +191,8 @@ def pipeline(
 
     Raises:
         ValueError: mesh and schedule do not fit together; while tracing, where the
-            batch does not divide into microbatches or a layer changes x.
+            batch does not divide into microbatches, a layer changes x or a weight is
+            not floating.
     """
     s = stages.schedule
     if (have := mesh.shape.get("pipe", 1)) != s.devices:
@@ -223,6 +224,12 @@ def pipeline(
                 f"{shards} devices, but this one has {n} examples. Choose a multiple "
                 f"of {s.microbatches * shards}."
             )
+        for path, w in paths(params).items():
+            if not jnp.issubdtype(w.dtype, jnp.floating):
+                raise ValueError(
+                    f"a pipeline returns the gradient of every weight, but {path} is "
+                    f"{w.dtype}, which has none. Leave it out of the weights."
+                )
         data = None if key is None else jr.key_data(key)
         wrap = functools.partial(
             jr.wrap_key_data, impl=None if key is None else jr.key_impl(key)
@@ -359,6 +366,7 @@ def _run(
         x,
         (integer, first_layer[0], layers[0]),
     )
+
     wide = lambda a: jnp.zeros(a.shape, jnp.promote_types(a.dtype, jnp.float32))
     rooms = lambda count, s: jnp.zeros((count, *s.shape), s.dtype)
     places = table.places

@@ -11,7 +11,8 @@ On two CPU cores that other work was using too: 98.6 % of the test images in 38 
 A run is a folder, --output: `checkpoints` (the last three; a run that was killed goes
 on from there with --resume, bit for bit), `metrics.jsonl`, `config.json`, and at the
 end `model`, which `jaxeff.training.load_model` reads. Every device of every process
-takes its part of each batch.
+takes its part of each batch; with --fsdp and --tensor they share the weights too, and
+what to split is found from the model.
 """
 
 import ast
@@ -39,7 +40,16 @@ from jaxeff.models import (
     LANGUAGE_MODELS,
     LanguageModel,
 )
-from jaxeff.parallelism import average, batch_sharding, make_mesh, replicate
+from jaxeff.parallelism import (
+    average,
+    batch_sharding,
+    batch_share,
+    fully_shard,
+    make_mesh,
+    replicate_rest,
+    shard,
+    zero,
+)
 from jaxeff.precision import autocast, DynamicLossScale
 from jaxeff.training import (
     accuracy,
@@ -96,6 +106,12 @@ class Config:
     accumulate: int = 1
     """Parts of each device's share of a batch that are computed one after another, for
     less memory; the devices add up once. Statistics of a batch are those of a part."""
+    fsdp: int = 1
+    """Devices that share the batch and keep a part of every weight each."""
+    tensor: int = 1
+    """Devices that share each layer; as many as are left over share the batch."""
+    zero: bool = False
+    """The devices that share the batch keep a part of the optimizer's state each."""
     sequence: int = 128
     """Bytes of text per example."""
     learning_rate: float = 1e-3
@@ -147,28 +163,44 @@ class Task:
     evaluate: Callable[[Callable, Any], Mapping[str, float]]  # of fn and params
 
 
-def images(c: Config, to: Sharding | None) -> Task:
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What this process loads of each batch, and where the examples go."""
+
+    index: int = 0
+    count: int = 1
+    to: Sharding | None = None
+
+    @property
+    def part(self) -> dict[str, int]:
+        """As the functions of data take it."""
+        return {"process_index": self.index, "process_count": self.count}
+
+
+def images(c: Config, share: Share) -> Task:
     """Classification, judged by accuracy on the test images."""
     train, test = load(c.data, c.data_dir)
+    options = {"seed": c.seed, **share.part}
     change = augmentation(train) if c.augment else None
     return Task(
         about=f"{c.data} ({len(train):,} training and {len(test):,} test images)",
         example=train.images[:1],
         answers=len(train.classes),
         steps_per_epoch=max(1, len(train) // c.batch_size),
-        batches=lambda step: batches(train, c.batch_size, seed=c.seed, start_step=step),
+        batches=lambda n: batches(train, c.batch_size, start_step=n, **options),
         loss=lambda fn: classification_loss(fn, augment=change),
         evaluate=lambda fn, params: {
-            "test_accuracy": accuracy(fn, params, test, c.batch_size, to=to)
+            "test_accuracy": accuracy(fn, params, test, c.batch_size, to=share.to)
         },
     )
 
 
-def language(c: Config, to: Sharding | None) -> Task:
+def language(c: Config, share: Share) -> Task:
     """Prediction of the next byte, judged by nats per byte of unseen text."""
     path = text_file(c.data_dir)
     train, unseen = text(path)
-    draw = functools.partial(windows, train, c.batch_size, c.sequence, seed=c.seed)
+    options = {"seed": c.seed, **share.part}
+    draw = functools.partial(windows, train, c.batch_size, c.sequence, **options)
     if len(unseen) <= c.sequence:
         raise ValueError(
             f"the last tenth of a text is kept for evaluation and holds at least "
@@ -184,7 +216,7 @@ def language(c: Config, to: Sharding | None) -> Task:
         loss=language_loss,
         evaluate=lambda fn, params: {
             "unseen_nats_per_byte": nats_per_token(
-                fn, params, unseen, c.sequence, c.batch_size, to=to
+                fn, params, unseen, c.sequence, c.batch_size, to=share.to
             )
         },
     )
@@ -259,6 +291,7 @@ def optimizer(c: Config, steps: int) -> optax.GradientTransformation:
 def check_numbers(c: Config) -> None:
     """Refuses numbers that no run can have."""
     counts = ("steps", "epochs", "batch_size", "accumulate", "sequence")
+    counts += ("fsdp", "tensor")
     intervals = ("checkpoint_every", "log_every", "eval_every")
     for name in (*counts, *intervals):
         if (value := getattr(c, name)) is not None and value < 1:
@@ -266,6 +299,13 @@ def check_numbers(c: Config) -> None:
     for name in ("learning_rate", "clip", "timeout"):
         if not (value := getattr(c, name)) > 0:
             raise ValueError(f"{option_name(name)} is above 0, got {value}.")
+    whole = c.fsdp == c.tensor == 1 and not c.zero
+    if not whole and (c.workers or c.accumulate > 1):
+        raise ValueError(
+            "--workers and --accumulate are for devices that hold everything, but "
+            f"--fsdp is {c.fsdp}, --tensor {c.tensor} and --zero {c.zero}. Leave one "
+            "or the other out."
+        )
     if c.workers < 0:
         raise ValueError(f"--workers is 0 or more, got {c.workers}.")
     alone = c.dtype != "float16" and c.eval_every is None and c.accumulate == 1
@@ -297,7 +337,9 @@ def check_folder(c: Config) -> None:
             f"a new run needs a new folder, but {c.output} holds checkpoints. Go on "
             "from the last one with --resume, or name another folder with --output."
         )
-    check_same_options(before_of(path), now, c.output, MAY_CHANGE)
+    # The record of which batches were seen is as long as the run.
+    fixed = {"steps", "epochs"} if c.workers else set()
+    check_same_options(before_of(path), now, c.output, MAY_CHANGE - fixed)
 
 
 def before_of(path: Path) -> dict[str, Any]:
@@ -331,15 +373,10 @@ class Made:
     steps: int
 
 
-def make(c: Config, to: Sharding | None) -> Made:
-    """Everything from the options, the same in every process.
-
-    Args:
-        c: the options.
-        to: how the images or windows of an evaluation are spread.
-    """
+def make(c: Config, share: Share) -> Made:
+    """Everything from the options, the same in every process but for its share."""
     model = make_model(c)
-    task = language(c, to) if c.data == "text" else images(c, to)
+    task = language(c, share) if c.data == "text" else images(c, share)
     steps = c.steps
     if c.epochs is not None and task.steps_per_epoch is not None:
         steps = c.epochs * task.steps_per_epoch
@@ -363,7 +400,7 @@ def make(c: Config, to: Sharding | None) -> Made:
 
 def problem_of(c: Config) -> Problem:
     """What a worker needs."""
-    return make(c, None).problem
+    return make(c, Share()).problem
 
 
 def run(c: Config) -> None:
@@ -374,8 +411,9 @@ def run(c: Config) -> None:
         check_events()
     check_folder(c)
     join_processes()
-    mesh = make_mesh()
-    made = make(c, batch_sharding(mesh, c.batch_size))
+    mesh = make_mesh(fsdp=c.fsdp, tensor=c.tensor)
+    share = Share(*batch_share(mesh), batch_sharding(mesh, c.batch_size))
+    made = make(c, share)
     steps = made.steps
     train = with_workers if c.workers else in_step
     state = train(c, made, mesh)
@@ -421,13 +459,20 @@ def in_step(c: Config, made: Made, mesh: Mesh) -> TrainState | None:
     if c.accumulate > 1:
         tx, apart = optax.chain(average(devices=mesh.shape["data"]), tx), mesh
     scaler = DynamicLossScale() if c.dtype == "float16" else None
-    state = init_state(p.params, tx, p.key, trainable=p.trainable, scaler=scaler)
-    state = replicate(state, mesh)
+    _, processes = batch_share(mesh)
+    whole = lambda x: jax.ShapeDtypeStruct((processes * len(x), *x.shape[1:]), x.dtype)
+    batch = jax.tree.map(whole, p.batch(0))
+    loss, params = shard(p.loss, p.params, batch, p.key, mesh=mesh)
+    loss, params = fully_shard(loss, params, batch, p.key, mesh=mesh)
+    if c.zero:
+        tx = zero(tx, mesh=mesh)
+    state = init_state(params, tx, p.key, trainable=p.trainable, scaler=scaler)
+    state = replicate_rest(state, mesh)
     step = make_train_step(
-        p.loss, tx, trainable=p.trainable, accumulate=c.accumulate, per_device=apart
+        loss, tx, trainable=p.trainable, accumulate=c.accumulate, per_device=apart
     )
     # Whatever does not fit together shows here, before anything is written.
-    jax.eval_shape(step, state, p.batch(0))
+    jax.eval_shape(step, state, batch)
     with Checkpoints(c.output / "checkpoints") as checkpoints:
         if checkpoints.latest() is not None:
             state = checkpoints.restore(state)

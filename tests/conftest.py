@@ -86,12 +86,9 @@ def data_dir():
 def tpus():
     """`tpus("v5e:2x4")` are the devices of TPUs that are not there, to compile for."""
     pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: jaxeff[tpu]")
-    from jax.experimental import topologies
+    from jaxeff.parallelism import tpu_devices
 
-    def tpus(name: str):
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-
-    return tpus
+    return tpu_devices
 
 
 @pytest.fixture

@@ -12,6 +12,12 @@ import pytest
 from jaxeff import parallelism
 from jaxeff.training.cli import option_name
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_the_python_of_a_page_runs_in_order[README.md]",
+    "test_the_python_of_a_page_runs_in_order[docs/parallelism.md]",
+}
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

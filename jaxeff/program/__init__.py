@@ -46,6 +46,7 @@ from .lift import (
 from .memory import Memory as Memory
 from .observe import observe as observe, Observed as Observed
 from .opened import opened as opened
+from .owners import owners as owners
 from .reach import data_reaches as data_reaches
 from .resize import (
     like as like,

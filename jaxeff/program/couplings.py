@@ -107,6 +107,9 @@ class Couplings(Sequence[Coupling]):
     ) -> dict[str, np.ndarray]:
         """For each coupling, the sum of `values` over what each index removes.
 
+        Of a weight that has the coupling on two dims (the recurrent kernel of a cell)
+        the row and the column of an index are added, with their crossing twice.
+
         Args:
             values: for weights, by path, one number per element.
             names: only these couplings.

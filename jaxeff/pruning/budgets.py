@@ -6,8 +6,7 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from jaxeff import tree
-from jaxeff.program import shapes, trace
+from jaxeff.program import dense_size, shapes, trace
 
 Measure = Callable[[Callable, PyTree, tuple], float | int]
 
@@ -69,10 +68,12 @@ def flops(at_most: float | int) -> Budget:
 def parameters(at_most: float | int) -> Budget:
     """Numbers among the weights, statistics of batch norms included.
 
+    A compressed weight counts as the dense one that it stands for.
+
     Args:
         at_most: a float up to 1 is a fraction of the whole model's, else a number.
     """
-    measure = lambda fn, params, args: tree.tree_size(params)
+    measure = lambda fn, params, args: dense_size(params)
     relative = _is_fraction("parameters", at_most)
     return Budget("parameters", measure, at_most, relative=relative, from_shapes=True)
 

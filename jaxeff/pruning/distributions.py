@@ -49,6 +49,9 @@ def uniform(units: Mapping[str, Units], sparsity: Sparsity) -> Counts:
 def erdos_renyi(units: Mapping[str, Units], sparsity: Sparsity) -> Counts:
     """Density in proportion to (n_in + n_out) / (n_in n_out), the last two dims.
 
+    Of kernels whose channels stand elsewhere (OIHW) `erk` is the one to take: it asks
+    for no order.
+
     A layer whose share would be more than it has stays dense, and the others take
     what it leaves: so every sparsity can be reached.
 

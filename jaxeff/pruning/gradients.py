@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 from jaxeff import tree
 from jaxeff.program import Program
 
-from .scores import consumed, Score, Scores
+from .scores import arguments, consumed, Score, Scores
 
 Loss = Callable[..., Array]
 
@@ -33,7 +33,7 @@ def taylor(loss: Loss, batches: Iterable[tuple]) -> Score:
 
     def score(program: Program, params: PyTree) -> Scores:
         totals, n = {}, 0
-        for products in _each_batch(loss, batches, params, lambda w, g: w * g):
+        for products in _each_batch(loss, batches, params, _change):
             sums = consumed(program, products)
             totals = {k: totals.get(k, 0) + x**2 for k, x in sums.items()}
             n += 1
@@ -61,12 +61,19 @@ def fisher(loss: Loss, batches: Iterable[tuple]) -> Score:
     def score(program: Program, params: PyTree) -> Scores:
         total: dict[str, Array] = {}
         n = 0
-        for squares in _each_batch(loss, batches, params, lambda w, g: (w * g) ** 2):
+        squared = lambda w, g: _change(w, g) ** 2
+        for squares in _each_batch(loss, batches, params, squared):
             total = {k: total.get(k, 0) + x for k, x in squares.items()}
             n += 1
         return consumed(program, {k: x / (2 * n) for k, x in total.items()})
 
     return score
+
+
+def _change(w: Array, grad: Array) -> Array:
+    """Of the loss per change of a weight, relative to the weight."""
+    # Of complex weights JAX's gradient is what multiplies a step, not its conjugate.
+    return jnp.real(w * grad)
 
 
 def _each_batch(
@@ -79,13 +86,13 @@ def _each_batch(
     def run(train: PyTree, frozen: PyTree, batch: tuple) -> PyTree:
         objective = lambda train: loss(tree.combine(train, frozen), *batch)
         grads = jax.grad(objective)(train)
-        wide = lambda x: x.astype(jnp.float32)
+        wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
         return jax.tree.map(lambda w, g: combine(wide(w), wide(g)), train, grads)
 
     empty = True
     for batch in batches:
         empty = False
-        yield tree.paths(run(train, frozen, tuple(batch)))
+        yield tree.paths(run(train, frozen, arguments(batch)))
     if empty:
         raise ValueError(
             "a score by gradients needs at least one batch, but there is none (an "

@@ -135,14 +135,16 @@ def choose_masks(
         scores: by path; the smallest go.
         pattern: what goes together.
         distribution: how many go from each weight of a rule.
-        kept: what earlier masks kept; what they dropped is dropped first.
+        kept: what earlier masks kept; what they dropped is dropped first. Where there
+            was none, all was.
     """
     names = [path for rule in rules for path in rule.paths]
     keys = {path: order_keys(pattern.units(path, scores[path])) for path in names}
     if kept is not None:
         # Stable, smallest first. What was dropped is 0, but others may be 0 too.
-        old = {p: pattern.units(p, kept[p].astype(jnp.float32)) > 0 for p in names}
-        keys = {path: jnp.where(old[path], keys[path], FIRST) for path in names}
+        for p in [p for p in names if p in kept]:
+            old = pattern.units(p, kept[p].astype(jnp.float32)) > 0
+            keys[p] = jnp.where(old, keys[p], FIRST)
     counts = {}
     for rule in rules:
         units = {p: units_of(p, keys[p], scores[p].shape, pattern) for p in rule.paths}
@@ -191,7 +193,15 @@ def keep_largest(
         w: the weights; a nan counts as large.
         sparsity: in [0, 1].
         kept: what an earlier mask kept; what it dropped is dropped first.
+
+    Raises:
+        ValueError: `sparsity` is a number outside [0, 1].
     """
+    if isinstance(sparsity, float | int) and not 0 <= sparsity <= 1:
+        raise ValueError(
+            f"sparsity is the fraction to drop, in [0, 1], got {sparsity}. For 80 "
+            "percent write 0.8."
+        )
     masks = choose_masks(
         [Rule([""], jnp.float32(sparsity))],
         {"": jnp.abs(w)},

@@ -19,7 +19,7 @@ from jaxeff.program import (
     squares,
 )
 
-from .scores import consumed, consumers, Score, Scores
+from .scores import arguments, consumed, consumers, Score, Scores
 
 
 def output_error(batches: Iterable[tuple]) -> Score:
@@ -101,7 +101,7 @@ def activation(batches: Iterable[tuple]) -> Score:
 
 def checked(batches: Iterable[tuple]) -> list[tuple]:
     """The batches as a list, if there are any."""
-    given = [tuple(batch) for batch in batches]
+    given = [arguments(batch) for batch in batches]
     if not given:
         raise ValueError(
             "a score by outputs needs at least one batch, but there is none (an "
@@ -143,9 +143,8 @@ def _errors(
 
 def relative_error(a: PyTree, b: PyTree) -> Array:
     """The squared distance of two results, in units of the squared norm of `b`."""
-    pairs = [
-        (x.astype(jnp.float32), y.astype(jnp.float32))
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    ]
-    off = sum(jnp.sum((x - y) ** 2) for x, y in pairs)
-    return off / jnp.maximum(sum(jnp.sum(y**2) for _, y in pairs), 1e-30)
+    wide = lambda x: jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+    a, b = jax.tree.map(wide, (a, b))
+    off = jax.tree.map(lambda x, y: x - y, a, b)
+    norm = lambda t: sum(jnp.sum(jnp.abs(x) ** 2) for x in jax.tree.leaves(t))
+    return norm(off) / jnp.maximum(norm(b), 1e-30)

@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jaxeff import tree
+from jaxeff.program import is_leaf
 
 from .criteria import by_gradient, by_magnitude, by_random, Criterion
 from .distributions import Distribution, erk
@@ -72,7 +73,8 @@ def rewire(
         seed: of the first masks, and of `by_random()`.
 
     Raises:
-        ValueError: a number is out of range; at `init`, as for `prune`.
+        ValueError: a number is out of range; at `init`, as for `prune`, or the state
+            of the optimizer is compressed.
 
     Source: Evci et al. 2020, arXiv:1911.11134, algorithm 1. A departure: the step
         that moves weights still updates those that stay.
@@ -98,6 +100,13 @@ def rewire(
         )
         masks = choose_masks(rules, chance, pattern=pattern, distribution=distribution)
         now = jnp.asarray([rule.value for rule in rules], jnp.float32)
+        held = inner.init(params)
+        if any(map(is_leaf, jax.tree.leaves(held, is_leaf=is_leaf))):
+            raise ValueError(
+                "what an optimizer keeps for a weight starts anew where the weight "
+                "does, but this one keeps it compressed. Compress what comes out: "
+                "compress_state(rewire(adam, ...))."
+            )
         return PruneState(
             jnp.zeros([], jnp.int32),
             now if isinstance(sparsity, Mapping) else now[0],
@@ -106,7 +115,7 @@ def rewire(
                 "drop": {path: drop.init(w) for path, w in weights.items()},
                 "grow": {path: grow.init(w) for path, w in weights.items()},
             },
-            inner.init(params),
+            held,
         )
 
     def update(updates, state, params=None, **extra):

@@ -32,6 +32,10 @@ def multiplying(program: Program, params: PyTree) -> dict[str, Array]:
     }
 
 
+def _wide(w: Any) -> np.ndarray:
+    return np.asarray(w, np.result_type(np.asarray(w).dtype, np.float64))
+
+
 def magnitude(order: int = 2) -> Score:
     """The size of what leaves: its p-norm, to the power of p.
 
@@ -48,7 +52,7 @@ def magnitude(order: int = 2) -> Score:
         )
 
     def score(program: Program, params: PyTree) -> Scores:
-        power = lambda w: np.abs(np.asarray(w, np.float64)) ** order
+        power = lambda w: np.abs(_wide(w)) ** order
         kernels = multiplying(program, params)
         return program.couplings.sums({p: power(w) for p, w in kernels.items()})
 
@@ -65,7 +69,7 @@ def norm_scale() -> Score:
 
     def score(program: Program, params: PyTree) -> Scores:
         weights = tree.paths(params)
-        scales = {p: np.abs(np.asarray(weights[p], float)) for p in program.scales}
+        scales = {p: np.abs(_wide(weights[p])) for p in program.scales}
         with_scale = {
             c.name
             for c in program.couplings
@@ -112,8 +116,9 @@ def geometric_median() -> Score:
     def score(program: Program, params: PyTree) -> Scores:
         totals: dict[str, np.ndarray] = {}
         for name, filters in _filters(program, tree.paths(params)):
-            squares = np.sum(filters**2, 1)
-            apart = squares[:, None] + squares - 2 * filters @ filters.T
+            squares = np.sum(np.abs(filters) ** 2, 1)
+            products = (filters @ filters.conj().T).real
+            apart = squares[:, None] + squares - 2 * products
             distance = np.sqrt(np.maximum(apart, 0)).sum(1)
             totals[name] = totals.get(name, 0) + distance
         return totals
@@ -127,7 +132,7 @@ def _filters(
     """For each coupling and each kernel that puts it out, a row for each index."""
     outputs = dict.fromkeys((s.path, d) for s in program.sites for d in s.output)
     for path, dim in outputs:
-        w = np.asarray(jnp.moveaxis(weights[path], dim, 0), np.float64)
+        w = _wide(jnp.moveaxis(weights[path], dim, 0))
         for name, index in program.couplings.occurrences(path, dim):
             inside = np.flatnonzero(index >= 0)
             order = inside[np.argsort(index[inside], kind="stable")]
@@ -146,6 +151,20 @@ def random(seed: int = 0) -> Score:
         return {c.name: rng.random(c.size) for c in program.couplings}
 
     return score
+
+
+def arguments(batch: Any) -> tuple:
+    """A batch as the arguments after the weights.
+
+    Raises:
+        ValueError: it is an array, whose rows would be taken for arguments.
+    """
+    if tree.is_array(batch):
+        raise ValueError(
+            f"a batch is a tuple of arguments, got an array of shape {batch.shape}: "
+            "write `(x,)` where there is only one."
+        )
+    return tuple(batch)
 
 
 def consumed(program: Program, values: Mapping[str, Any]) -> Scores:

@@ -6,11 +6,11 @@ it holds.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from jaxtyping import PyTree
 
-from jaxeff.program import dense, shapes
+from jaxeff.program import shapes
 
 from .budgets import Budget
 from .selection import Selection, Trial
@@ -43,9 +43,15 @@ def search(
         budgets: all have to be met.
 
     Raises:
-        ValueError: the whole model meets every `at_most` already, or no amount
-            meets all budgets.
+        ValueError: two budgets have one name, the whole model meets every `at_most`
+            already, or no amount meets all budgets.
     """
+    names = [b.name for b in budgets]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise ValueError(
+            "budgets are told apart by name, but more than one is called "
+            f"{', '.join(map(repr, twice))}. Rename one."
+        )
     tried = _Tried(fn, params, args, selected, budgets)
     costs = [b for b in budgets if b.at_most is not None]
     if costs:
@@ -61,14 +67,19 @@ def search(
                 "Keep less, lower the floor, choose more couplings or raise the limit."
             )
         amount = _bisect(lambda a: tried.meets(a, costs), bad=0.0, good=1.0)
-        if not tried.meets(amount, budgets):
+        result = tried.result(amount)
+        if all(b.from_shapes for b in costs):
+            result = tried.filled(amount, larger, costs)
+        figures = tried.figures(result, budgets)
+        if not tried.met(figures, budgets):
             raise ValueError(
                 "the budgets exclude each other: the least removal that is cheap "
-                f"enough gives {tried.said(amount, budgets)}. Give up one."
+                f"enough gives {tried.told(figures, budgets)}. Give up one."
             )
-        if all(b.from_shapes for b in costs):
-            return tried.filled(amount, larger, costs)
-        return tried.result(amount)
+        if len(costs) == len(budgets):
+            return result
+        last = Trial(amount, figures, True)
+        return dataclasses.replace(result, trials=(*result.trials, last))
     if not tried.meets(0.0, budgets):
         raise ValueError(
             f"the model as it is does not reach what it must: "
@@ -76,7 +87,15 @@ def search(
         )
     if tried.meets(1.0, budgets):
         return tried.result(1.0)
-    return tried.result(_bisect(lambda a: tried.meets(a, budgets), bad=1.0, good=0.0))
+    most = tried.result(_bisect(lambda a: tried.meets(a, budgets), bad=1.0, good=0.0))
+    if not most.removed:
+        least = min((t for t in most.trials if not t.met), key=lambda t: t.amount)
+        raise ValueError(
+            "nothing may leave: the least removal that was tried gives "
+            f"{tried.told(least.figures, budgets)}. Lower the limit, or allow "
+            "narrower steps by a smaller multiple."
+        )
+    return most
 
 
 def _bisect(good_at: Callable[[float], bool], bad: float, good: float) -> float:
@@ -84,6 +103,10 @@ def _bisect(good_at: Callable[[float], bool], bad: float, good: float) -> float:
         middle = (bad + good) / 2
         bad, good = (bad, middle) if good_at(middle) else (middle, good)
     return good
+
+
+def _widths(selection: Selection) -> tuple[int, ...]:
+    return tuple(int(mask.sum()) for mask in selection.keep.values())
 
 
 class _Tried:
@@ -98,43 +121,57 @@ class _Tried:
         budgets: Sequence[Budget],
     ):
         self.fn, self.params, self.args = fn, params, args
-        self.selected, self.budgets = selected, budgets
-        self.figures: dict[tuple, dict[str, float]] = {}
+        self.selected = selected
+        self.known: dict[tuple, dict[str, float]] = {}
+        self.tried: set[tuple] = set()
         self.trials: list[Trial] = []
         self.whole = {b.name: float(b.measure(fn, params, args)) for b in budgets}
 
-    def _measure(self, amount: float) -> dict[str, float]:
-        if amount == 0:
-            return self.whole
-        selection = self.selected(amount)
-        # Two amounts may round to the same widths.
-        key = tuple(int(mask.sum()) for mask in selection.keep.values())
-        if key not in self.figures:
-            figures = self._figures(selection, self.budgets)
-            self.figures[key] = figures
-            self.trials.append(Trial(amount, figures, self._met(figures, self.budgets)))
-        return self.figures[key]
-
-    def _figures(
+    def figures(
         self, selection: Selection, budgets: Sequence[Budget]
     ) -> dict[str, float]:
+        """Of the smaller model, those of some budgets, by name."""
+        known = self.known.setdefault(
+            _widths(selection), {} if selection.removed else self.whole
+        )
         fn = selection.resize(self.fn)
-        form = shapes(dense(self.params))
-        small = lambda b: selection.take(form if b.from_shapes else self.params)
-        return {b.name: float(b.measure(fn, small(b), self.args)) for b in budgets}
+        form = shapes(self.params)
+        for b in budgets:
+            if b.name not in known:
+                small = selection.take(form if b.from_shapes else self.params)
+                known[b.name] = float(b.measure(fn, small, self.args))
+        return {b.name: known[b.name] for b in budgets}
 
-    def _met(self, figures: dict[str, float], budgets: Sequence[Budget]) -> bool:
+    def met(self, figures: Mapping[str, float], budgets: Sequence[Budget]) -> bool:
+        """Whether figures keep within all of some budgets."""
         return all(b.met(figures[b.name], self.whole[b.name]) for b in budgets)
 
-    def meets(self, amount: float, budgets: Sequence[Budget]) -> bool:
-        return self._met(self._measure(amount), budgets)
-
-    def said(self, amount: float, budgets: Sequence[Budget]) -> str:
-        figures = self._measure(amount)
+    def told(self, figures: Mapping[str, float], budgets: Sequence[Budget]) -> str:
+        """Figures and limits, for an error."""
         limit = lambda b: b.limit(self.whole[b.name])
         return ", ".join(
             f"{b.name} {figures[b.name]:,.6g} (limit {limit(b):,.6g})" for b in budgets
         )
+
+    def meets(self, amount: float, budgets: Sequence[Budget]) -> bool:
+        """Whether removing an amount keeps within some budgets; a trial."""
+        if amount == 0:
+            return self.met(self.whole, budgets)
+        selection = self.selected(amount)
+        figures = self.figures(selection, budgets)
+        met = self.met(figures, budgets)
+        # Two amounts may round to the same widths.
+        if (widths := _widths(selection)) not in self.tried:
+            self.tried.add(widths)
+            self.trials.append(Trial(amount, figures, met))
+        return met
+
+    def said(self, amount: float, budgets: Sequence[Budget]) -> str:
+        """What removing an amount gives, for an error."""
+        figures = self.whole
+        if amount > 0:
+            figures = self.figures(self.selected(amount), budgets)
+        return self.told(figures, budgets)
 
     def filled(
         self,
@@ -146,15 +183,16 @@ class _Tried:
 
         A coupling for which there is no room has none later, when the model is larger.
         """
-        result, figures = self.selected(amount), self._measure(amount)
+        result = self.selected(amount)
+        figures = self.figures(result, costs)
         full: set[str] = set()
         used = lambda b: figures[b.name] / b.limit(self.whole[b.name])
         while max(map(used, costs)) < ENOUGH:
             for name, more in larger(result):
                 if name in full:
                     continue
-                now = self._figures(more, costs)
-                if self._met(now, costs):
+                now = self.figures(more, costs)
+                if self.met(now, costs):
                     back = more.kept - result.kept
                     self.trials.append(Trial(amount, now, True, (name, back)))
                     result, figures = more, now
@@ -165,4 +203,5 @@ class _Tried:
         return dataclasses.replace(result, trials=tuple(self.trials))
 
     def result(self, amount: float) -> Selection:
+        """What is removed at an amount, with all trials."""
         return dataclasses.replace(self.selected(amount), trials=tuple(self.trials))

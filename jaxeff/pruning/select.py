@@ -1,6 +1,8 @@
 """Which indices of which couplings leave: by scores, under a fraction or a budget."""
 
 import dataclasses
+import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +18,9 @@ from .scores import magnitude, Score, Scores
 from .search import search
 from .selection import Selection
 
-Keep = Any  # a fraction, or fractions by pattern; checked below, with words
+# Checked below, with words.
+Keep = Any  # a fraction, or fractions by pattern
+Budgets = Any  # a Budget, or several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Widths:
 
     Attributes:
         floor: at least so many.
-        multiple: a multiple of this; what is smaller to begin with stays whole.
+        multiple: a multiple of this, or all there are.
     """
 
     floor: int = 1
@@ -46,10 +50,10 @@ class Widths:
 
     def nearest(self, n: int, size: int) -> int:
         """The allowed width nearest to `n`, of a coupling of that size."""
-        n = max(n, self.floor)
-        if self.multiple > 1:
-            n = max(1, round(n / self.multiple)) * self.multiple
-        return min(n, size)
+        least = math.ceil(self.floor / self.multiple) * self.multiple
+        width = max(least, round(n / self.multiple) * self.multiple)
+        # All of them is allowed too.
+        return size if width >= size or size - n < abs(width - n) else width
 
 
 def select(
@@ -62,8 +66,10 @@ def select(
     normalize: str = "mean",
     floor: int = 1,
     multiple: int = 1,
-    budget: Budget | Sequence[Budget] = (),
+    budget: Budgets = (),
+    ignore: tree.Patterns = (),
     approximate: tree.Patterns = (),
+    after: Selection | None = None,
 ) -> Selection:
     """Chooses what `shrink` removes; print the result to see it.
 
@@ -84,36 +90,52 @@ def select(
         floor: the fewest indices left of any coupling.
         multiple: widths are rounded to multiples of this: 8 suits tensor cores,
             128 TPUs.
-        budget: the most the result may cost, or the least it must achieve. As little
-            as possible is removed for `at_most`, as much as possible for `at_least`.
+        budget: one or several `Budget`: the most the result may cost, or the least it
+            must achieve. As little as possible is removed for `at_most`, as much as
+            possible for `at_least`.
             Where a limit can be told from shapes, couplings then get indices back one
             by one while it holds.
+        ignore: patterns of weights that keep their shapes: what is coupled with any
+            dim of them stays whole.
         approximate: patterns of weights whose couplings may shrink even though the
             function does not stay exactly that of the zeroed indices (a two-pass
             norm over them, say). The selection tells the error.
+        after: what was chosen in an earlier round, of which `fn` and `params` are
+            what it left: fractions then are of what there was before the first
+            round, and a round in which nothing leaves is no error.
 
     Raises:
-        ValueError: a fraction is outside [0, 1], a pattern matches no weight or
-            chooses nothing, the score says nothing about a coupling, a budget can't
-            be met or asks for nothing, or nothing would be removed.
+        ValueError: there is no example input, a fraction is outside [0, 1], a pattern
+            matches no weight or chooses nothing, the score says nothing about a
+            coupling, a budget can't be met or asks for nothing, or nothing would be
+            removed at all.
     """
+    if not args:
+        raise ValueError(
+            "a function is looked at on example inputs, but there are none: write "
+            "select(fn, params, x). `jaxeff.functional(model)` makes a function and "
+            "its weights of a model object."
+        )
     leaves = jax.tree.leaves(params)
     if any(isinstance(w, jax.ShapeDtypeStruct) for w in leaves):
         raise ValueError(
             "which indices stay depends on the values of the weights, but only shapes "
             "are given. Pass arrays; `trace` looks at shapes."
         )
-    budgets = (budget,) if isinstance(budget, Budget) else tuple(budget)
+    budgets = as_budgets(budget)
     program = trace(unlift(fn), shapes(params), *args)
     couplings = program.couplings
     widths = Widths(floor, multiple)
     default = 0.0 if budgets else 0.5
-    chosen = _choose(program, default if keep is None else keep, approximate)
-    scores = (score or magnitude(2))(program, dense(params))
-    scores = {name: np.asarray(x, np.float64) for name, x in scores.items()}
+    keep = default if keep is None else keep
+    chosen = _choose(program, keep, ignore, approximate)
+    scores = _scores(score or magnitude(2), program, params)
     _check_scores(scores, chosen, couplings)
+    whole = {c.name: c.size for c in couplings}
+    if after is not None:
+        whole = after.before(couplings)
     pick = lambda rules: _masks(
-        scores, rules, scope, normalize, widths, empty=not budgets
+        scores, rules, whole, scope, normalize, widths, empty=not budgets
     )
     inexact = any(c.inexact for c in couplings if c.name in chosen)
 
@@ -122,7 +144,7 @@ def select(
             n: (1 - amount * (1 - fraction), group)
             for n, (fraction, group) in chosen.items()
         }
-        return Selection(couplings, pick(part), inexact)
+        return Selection(couplings, pick(part), inexact, whole=whole)
 
     def larger(selection: Selection) -> Iterator[tuple[str, Selection]]:
         for name, mask in _larger(selection.keep, scores, normalize, widths):
@@ -133,7 +155,7 @@ def select(
         result = search(fn, params, args, selected, larger, budgets)
     else:
         result = selected(1.0)
-    if not result.removed:
+    if not result.removed and after is None:
         raise ValueError(
             f"nothing would be removed: of {len(chosen)} couplings, the largest with "
             f"{max(c.size for c in couplings if c.name in chosen)} indices, keep, "
@@ -145,6 +167,7 @@ def select(
 def _masks(
     scores: Scores,
     rules: Mapping[str, tuple[float, int]],
+    whole: Mapping[str, int],
     scope: str,
     normalize: str,
     widths: Widths,
@@ -152,9 +175,9 @@ def _masks(
 ) -> dict[str, Bool[np.ndarray, " _"]]:
     """For each coupling named, which of its indices stay: the best scored."""
     if scope == "local":
-        counts = {n: round(f * scores[n].size) for n, (f, _) in rules.items()}
+        counts = {n: round(f * whole[n]) for n, (f, _) in rules.items()}
     elif scope == "global":
-        counts = _global_counts(scores, rules, normalize)
+        counts = _global_counts(scores, rules, whole, normalize)
     else:
         raise ValueError(f'scope is "local" or "global", got {scope!r}.')
     masks = {}
@@ -195,11 +218,15 @@ def _comparable(
     units = {"mean": np.mean, "max": np.max, "none": lambda x: 1.0}
     if normalize not in units:
         raise ValueError(f"normalize is one of {', '.join(units)}, got {normalize!r}.")
-    return values / max(units[normalize](values), 1e-300)
+    # Users' own scores may be below zero.
+    return values / max(units[normalize](np.abs(values)), 1e-300)
 
 
 def _global_counts(
-    scores: Scores, rules: Mapping[str, tuple[float, int]], normalize: str
+    scores: Scores,
+    rules: Mapping[str, tuple[float, int]],
+    whole: Mapping[str, int],
+    normalize: str,
 ) -> dict[str, int]:
     """How many of each coupling are among the best of all in its group."""
     counts = {}
@@ -208,22 +235,54 @@ def _global_counts(
         alike = [_comparable(scores[n], normalize) for n in names]
         owner = np.repeat(np.arange(len(names)), [x.size for x in alike])
         values = np.concatenate(alike)
-        n = round(rules[names[0]][0] * values.size)
+        n = round(rules[names[0]][0] * sum(whole[name] for name in names))
         best = np.argsort(-values, kind="stable")[:n]
         found = np.bincount(owner[best], minlength=len(names))
         counts.update(zip(names, map(int, found), strict=True))
     return counts
 
 
+def as_budgets(given: Budgets) -> tuple[Budget, ...]:
+    """One budget or several, as several.
+
+    Raises:
+        ValueError: something else is among them.
+    """
+    budgets = (given,) if not isinstance(given, Sequence) else tuple(given)
+    if wrong := [b for b in budgets if not isinstance(b, Budget)]:
+        raise ValueError(
+            f"a budget is a figure with its limit, got {wrong[0]!r}: write "
+            "pruning.flops(0.5), pruning.parameters(0.5) or a pruning.Budget."
+        )
+    return budgets
+
+
+def _scores(score: Score, program: Program, params: PyTree) -> Scores:
+    wrong = ValueError(
+        "a score maps (program, weights) to an array for each coupling, by name, but "
+        f"{score!r} does not: write pruning.magnitude(2), pruning.taylor(loss, "
+        "batches) or a function of your own."
+    )
+    try:
+        # What takes other arguments is most likely what makes a score.
+        inspect.signature(score).bind(program, params)
+    except TypeError:
+        raise wrong from None
+    values = score(program, dense(params))
+    if not isinstance(values, Mapping):
+        raise wrong
+    return {name: np.asarray(x, np.float64) for name, x in values.items()}
+
+
 def _choose(
-    program: Program, keep: Keep, approximate: tree.Patterns
+    program: Program, keep: Keep, ignore: tree.Patterns, approximate: tree.Patterns
 ) -> dict[str, tuple[float, int]]:
     """For each coupling to shrink, by name, the fraction to keep, and whose it is."""
     rules = keep if isinstance(keep, Mapping) else {"**": keep}
-    _check_fractions(rules)
+    check_fractions(rules)
     names = list(program.shapes)
     matched = {pattern: set(tree.match(pattern, names)) for pattern in rules}
-    allowed = _allowed(program, approximate)
+    allowed = _allowed(program, ignore, approximate)
     out: dict[str, tuple[float, int]] = {}
     for group, (pattern, fraction) in enumerate(rules.items()):
         hit = _hit(program, allowed, matched[pattern])
@@ -245,7 +304,8 @@ def _choose(
     return out
 
 
-def _check_fractions(rules: Mapping[str, Any]) -> None:
+def check_fractions(rules: Mapping[str, Any]) -> None:
+    """Refuses what is not a fraction that stays."""
     if not rules:
         raise ValueError("keep names no pattern, so nothing would be removed.")
     for pattern, fraction in rules.items():
@@ -257,7 +317,9 @@ def _check_fractions(rules: Mapping[str, Any]) -> None:
             )
 
 
-def _allowed(program: Program, approximate: tree.Patterns) -> list[Coupling]:
+def _allowed(
+    program: Program, ignore: tree.Patterns, approximate: tree.Patterns
+) -> list[Coupling]:
     """The couplings that may shrink, exactly or as asked for by name."""
     inexact = [c for c in program.couplings if c.inexact]
     allowed = [*program.couplings.free]
@@ -270,6 +332,8 @@ def _allowed(program: Program, approximate: tree.Patterns) -> list[Coupling]:
                 f"exactness alone. {_why(program, inexact, matched)}"
             )
         allowed += [c for c in hit if c not in allowed]
+    stay = set(tree.match(ignore, program.shapes)) if ignore else set()
+    allowed = [c for c in allowed if not _weights(c) & stay]
     if not allowed:
         raise ValueError(
             "nothing in this function can be removed. "

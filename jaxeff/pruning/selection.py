@@ -3,10 +3,8 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, PyTree
 
@@ -28,6 +26,8 @@ from jaxeff.program import (
     unlift,
     zero_indices,
 )
+
+from .outputs import relative_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Selection:
         error: how much, relative to the norm of the outputs on the example inputs:
             None where the result is exact or only shapes of inputs are known.
         trials: of the search for a budget, in order.
+        whole: for couplings, by name, how many indices they had before an earlier
+            round, where there was one.
     """
 
     couplings: Couplings
@@ -73,6 +75,30 @@ class Selection:
     inexact: bool = False
     error: float | None = None
     trials: tuple[Trial, ...] = ()
+    whole: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def before(self, couplings: Couplings) -> dict[str, int]:
+        """How many indices couplings of the smaller function had, before all rounds.
+
+        Args:
+            couplings: of the function that this selection left.
+        """
+        left = [
+            (
+                c.members,
+                int(self.keep[c.name].sum()) if c.name in self.keep else c.size,
+                self.whole.get(c.name, c.size),
+            )
+            for c in self.couplings
+        ]
+        sizes = {}
+        for c in couplings:
+            # Names are counted anew, and what has one index left is no coupling.
+            same = (x for x in left if x[:2] == (c.members, c.size))
+            if (found := next(same, None)) is not None:
+                left.remove(found)
+            sizes[c.name] = c.size if found is None else found[2]
+        return sizes
 
     @property
     def removed(self) -> int:
@@ -95,19 +121,25 @@ class Selection:
         return small if unlift(fn) is fn else lift(small)
 
     def take(self, params: PyTree) -> PyTree:
-        """The weights without what leaves."""
+        """The weights without what leaves.
+
+        Raises:
+            ValueError: they are not those that were chosen from.
+        """
         return keep_indices(params, self.couplings, self.keep)
 
     def take_state(self, state: PyTree) -> PyTree:
         """An optimizer state, or any tree that holds arrays for each weight, likewise.
 
         Moments lose what their weights lose, counts stay: training goes on. An array
-        belongs to the weight whose path ends its own (`0/mu/params/up/kernel`). (Where
-        an optimizer chooses by size what to store, as Adafactor does, a small weight
-        may want another form of state: then start it anew.)
+        belongs to the weight whose path ends its own (`0/mu/params/up/kernel`), also
+        where the state was made of a part of the weights. (Where an optimizer chooses
+        by size what to store, as Adafactor does, a small weight may want another form
+        of state: then start it anew.)
 
         Raises:
-            ValueError: an array's dims cannot be told to be those of its weight.
+            ValueError: no array belongs to a weight, one to several, or its dims
+                cannot be told to be those of its weight.
         """
         return keep_in_state(state, self.couplings, self.keep)
 
@@ -132,9 +164,10 @@ class Selection:
         known = not any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays)
         if not (self.inexact and known):
             return self
-        want = jax.jit(unlift(fn))(self.zeroed(dense(params)), *args)
+        want = jax.jit(unlift(fn))(self.zeroed(params), *args)
         got = jax.jit(self.resize(unlift(fn)))(self.take(dense(params)), *args)
-        return dataclasses.replace(self, error=_relative(got, want))
+        error = float(relative_error(got, want)) ** 0.5
+        return dataclasses.replace(self, error=error)
 
     def connected(self, fn: Callable, params: PyTree, args: tuple) -> bool:
         """Whether an output still depends on the inputs without what leaves.
@@ -173,14 +206,6 @@ class Selection:
 
 def _first(paths: list[str]) -> str:
     return paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-
-
-def _relative(a: Any, b: Any) -> float:
-    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-    wide = lambda x: jnp.asarray(x, jnp.float32)
-    off = sum(float(jnp.sum((wide(x) - wide(y)) ** 2)) for x, y in pairs)
-    norm = sum(float(jnp.sum(wide(y) ** 2)) for _, y in pairs)
-    return (off / max(norm, 1e-30)) ** 0.5
 
 
 def is_lifted(fn: Callable, params: PyTree) -> bool:

@@ -1,7 +1,7 @@
 """Sparse weights: leaves that store what is kept, and where it stands.
 
 Each multiplies by what `dense()` gives, decoded where it is used, so what is saved
-is bytes; `blocks.py` has the one that saves multiplications too.
+is bytes; `block_sparse.py` has the one that saves multiplications too.
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Int
 
 from jaxeff import tree
-from jaxeff.program import Program
+from jaxeff.program import owners, Program
 
 
 class _Member(NamedTuple):
@@ -35,7 +35,8 @@ def group_lasso(
     with an index: what `shrink` would take.
 
     Args:
-        program: `trace(fn, params, *args)` of the weights that train.
+        program: `trace(fn, params, *args)`; the weights that train may be a part of
+            its own (`variables["params"]`).
         strength: of the penalty, in units of the loss.
         only: patterns of weights; a coupling counts if all its multiplying weights
             match.
@@ -51,16 +52,24 @@ def group_lasso(
     paths = {m.path for members in groups.values() for m in members}
 
     def update(updates, state, params=None):
-        weights = _weights("group_lasso", params)
-        if missing := sorted(paths - weights.keys()):
+        given = _weights("group_lasso", params)
+        fits = lambda name, path: given[name].shape == program.shapes[path].shape
+        names = {
+            found[0]: name
+            for name, found in owners(given, program.shapes, fits).items()
+            if len(found) == 1
+        }
+        if missing := sorted(paths - names.keys()):
             raise ValueError(
                 f"group_lasso penalises {missing[0]}, which is not among the "
-                f"{len(weights)} weights that train. Leave it out by `only`."
+                f"{len(given)} weights that train. Leave it out by `only`."
             )
+        weights = {path: given[name] for path, name in names.items()}
         extra: dict[str, Any] = {}
         for members in groups.values():
             for path, grad in _penalty_grads(members, weights).items():
-                extra[path] = extra.get(path, 0) + strength * grad
+                name = names[path]
+                extra[name] = extra.get(name, 0) + strength * grad
         return _add(updates, extra), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
@@ -136,8 +145,11 @@ def _penalty_grads(
     size = max(int(m.index.max()) for m in members) + 1
     squares, n = jnp.zeros(size), 0.0
     for m in members:
-        w = weights[m.path].astype(jnp.float32)
-        line = jnp.sum(w**2, tuple(i for i in range(w.ndim) if i != m.dim))
+        w = weights[m.path]
+        wide = jnp.promote_types(w.dtype, jnp.float32)
+        line = jnp.sum(
+            jnp.abs(w.astype(wide)) ** 2, tuple(i for i in range(w.ndim) if i != m.dim)
+        )
         squares = squares.at[np.where(m.index < 0, size, m.index)].add(
             line, mode="drop"
         )
@@ -149,7 +161,8 @@ def _penalty_grads(
         w = weights[m.path]
         along = jnp.where(m.index < 0, 0, factor[np.maximum(m.index, 0)])
         others = [i for i in range(w.ndim) if i != m.dim]
-        grad = jnp.expand_dims(along, others) * w.astype(jnp.float32)
+        wide = jnp.promote_types(w.dtype, jnp.float32)
+        grad = jnp.expand_dims(along, others) * w.astype(wide)
         grads[m.path] = grads[m.path] + grad if m.path in grads else grad
     return grads
 

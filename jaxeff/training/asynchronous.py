@@ -13,12 +13,8 @@ batch to another, and one more may come at any time: the others don't notice.
 
 import contextlib
 import dataclasses
-import logging
 import math
 import os
-import secrets
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,9 +28,10 @@ from jaxeff.tree import Patterns
 
 from .checkpoint import Checkpoints
 from .extras import require
-from .loop import NonFiniteLoss
+from .loop import Log, NonFiniteLoss
 from .metrics import Metrics
 from .progress import Progress
+from .ray_cluster import Cluster, connected
 from .server import (
     Applied,
     COMPENSATION,
@@ -94,12 +91,10 @@ class Status(NamedTuple):
     """How far a run is.
 
     Attributes:
-        version: updates so far.
         losses: with the examples of each, since the last look.
         saved: the last checkpoint's step.
     """
 
-    version: int
     losses: list[tuple[float, int]]
     saved: int | None
 
@@ -107,7 +102,12 @@ class Status(NamedTuple):
 class _Server:
     """The server in its own process, and its checkpoints."""
 
-    def __init__(self, problem: Callable[[], Problem], options: Options):
+    def open(self, problem: Callable[[], Problem], options: Options) -> int:
+        """Makes or restores the state; returns the updates there were before.
+
+        Not in `__init__`: Ray tells of an actor that could not be made only that it
+        is gone.
+        """
         p, self.options = problem(), options
         state = init_state(p.params, p.tx, p.key, trainable=p.trainable)
         kept = first_state(state, options.steps)
@@ -127,9 +127,6 @@ class _Server:
             lease=options.lease,
         )
         self.seen = 0
-
-    def begun(self) -> int:
-        """The updates there were before."""
         return self.server.version
 
     def take(self, worker: str) -> tuple[bool, Any]:
@@ -161,7 +158,7 @@ class _Server:
         ):
             self.checkpoints.save(kept)
             self.saved = version
-        return Status(version, losses, self.saved)
+        return Status(losses, self.saved)
 
     def end(self) -> tuple[Any, list[Applied]]:
         """The weights and optimizer state at the end, and the record of all updates."""
@@ -179,16 +176,19 @@ class _Worker:
         """Of the process."""
         return os.getpid()
 
-    def work(self, problem: Callable[[], Problem], server: Any, name: str) -> int:
-        """Until all is done; returns how many of its gradients counted."""
+    def work(
+        self, problem: Callable[[], Problem], server: Any, name: str, opened: list
+    ) -> None:
+        """From when the server is open, which `opened` waits for, until all is done."""
         import ray
 
-        p, counted = problem(), 0
+        p = problem()
         grad = gradient(p.loss, p.trainable)
+        ray.get(opened)
         while True:
             finished, work = ray.get(server.take.remote(name))
             if finished:
-                return counted
+                return
             if work is None:
                 continue
             batch = p.batch(work.batch)
@@ -196,67 +196,7 @@ class _Worker:
             grads, (value, aux) = jax.device_get(grad(work.params, batch, key))
             examples = jax.tree.leaves(batch)[0].shape[0]
             done = Done(grads, aux, float(value), examples)
-            counted += ray.get(server.give.remote(work.ticket, done))
-
-
-# What holds a cluster until its input ends, as it does when the run is gone.
-_HEAD = """
-import logging, sys, ray
-quiet = {"include_dashboard": False, "log_to_driver": False}
-found = ray.init(num_cpus=int(sys.argv[1]), logging_level=logging.ERROR, **quiet)
-print(found.address_info["address"], flush=True)
-sys.stdin.read()
-"""
-
-
-class _Cluster:
-    """Ray on this machine, started by a process of its own and connected to.
-
-    Ray forks when it starts, and a process in which JAX has threads may then hang.
-    """
-
-    def __init__(self, cores: int):
-        # Nobody else on this machine may join. Ray reads this when it is imported.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _HEAD, str(cores)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self._process.stdout is not None
-        address = self._process.stdout.readline().strip()
-        if not address:
-            said = self._process.communicate()[1].strip().splitlines() or ["no reason"]
-            raise ValueError(f"Ray does not start on this machine: {said[-1]}.")
-        import ray
-
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-
-    def close(self) -> None:
-        import ray
-
-        ray.shutdown()
-        self._process.communicate()
-
-
-def _connected() -> bool:
-    """Whether Ray runs already.
-
-    Raises:
-        ValueError: it is only imported.
-    """
-    if "ray" not in sys.modules:
-        return False
-    running = sys.modules["ray"].is_initialized()
-    if not running and "RAY_AUTH_MODE" not in os.environ:
-        raise ValueError(
-            "Ray was imported, but not started: call ray.init() before the run, or "
-            "leave both to it."
-        )
-    return running
+            ray.get(server.give.remote(work.ticket, done))
 
 
 class _Member(NamedTuple):
@@ -313,7 +253,7 @@ class Asynchronous:
         require("ray", "asynchronous runs")
         # A core is no more than a name here: workers share what there is.
         cores = max(os.cpu_count() or 1, workers + 4)
-        self._cluster = None if _connected() else _Cluster(cores)
+        self._cluster = None if connected() else Cluster(cores)
         import ray
 
         self.steps, self.restarts, self._problem = steps, restarts, problem
@@ -336,7 +276,8 @@ class Asynchronous:
         self._worker: Any = ray.remote(_Worker).options(
             **(worker_options or {"num_cpus": 1})
         )
-        self._server: Any = server.remote(problem, options)
+        self._server: Any = server.remote()
+        self._first = self._server.open.remote(problem, options)
         self._working: dict[Any, _Member] = {}  # by the result to come
         self._names = 0
         self.log: list[Applied] = []
@@ -349,7 +290,8 @@ class Asynchronous:
         self._names += 1
         actor = self._worker.remote()
         pid = actor.pid.remote()
-        result = actor.work.remote(self._problem, self._server, name)
+        # In a list, or Ray would wait for it before the worker makes its problem.
+        result = actor.work.remote(self._problem, self._server, name, [self._first])
         self._working[result] = _Member(name, actor, pid)
         return name
 
@@ -390,28 +332,24 @@ class Asynchronous:
         """
         import ray
 
+        saved: int | None = None
+        stop = lambda what, n: NonFiniteLoss(what, n, self.folder, saved)
         try:
-            first = ray.get(self._server.begun.remote())
-            with Progress(self.steps, start_step=first, enabled=progress) as shown:
-                n = first
+            n = ray.get(self._first)
+            with Progress(self.steps, start_step=n, enabled=progress) as shown:
+                log = Log(shown, metrics, stop, log_every, self.steps)
                 while n < self.steps:
                     ray.wait(list(self._working), timeout=LOOK)
-                    self._replace(shown)
-                    status = ray.get(self._server.look.remote())
-                    for loss, examples in status.losses:
+                    losses, saved = ray.get(self._server.look.remote())
+                    for loss, examples in losses:
                         n += 1
-                        self._check(loss, n, status.saved)
-                        shown.update(n, loss, examples)
-                        if metrics is not None and (
-                            n % log_every == 0 or n == self.steps
-                        ):
-                            rate = shown.examples_per_second
-                            metrics.write(
-                                n, {"loss": loss, "examples_per_second": rate}
-                            )
+                        log.step(n, examples, {"loss": loss})
+                    self._replace(shown, done=n == self.steps)
                     if on_look is not None:
                         on_look(self, n)
             (params, opt_state), self.log = ray.get(self._server.end.remote())
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from None
         except ray.exceptions.RayActorError:
             raise ValueError(
                 "the process that keeps the weights is gone. "
@@ -424,8 +362,8 @@ class Asynchronous:
         step = like.step + self.steps
         return TrainState(step, params, opt_state, like.key, like.scaler)
 
-    def _replace(self, shown: Progress) -> None:
-        """Notices who is gone."""
+    def _replace(self, shown: Progress, done: bool) -> None:
+        """Notices who is gone; a fault in the problem would come again, and stops."""
         import ray
 
         for result in list(self._working):
@@ -434,9 +372,8 @@ class Asynchronous:
             name = self._working.pop(result).name
             try:
                 ray.get(result)
-            except ray.exceptions.RayTaskError as error:
-                # A fault in the problem would come again.
-                raise error.as_instanceof_cause() from None
+            except ray.exceptions.RayTaskError:
+                raise
             except ray.exceptions.RayError:
                 ray.get(self._server.leave.remote(name))
                 comes = ""
@@ -444,20 +381,11 @@ class Asynchronous:
                     self.restarts -= 1
                     comes = f", {self.add_worker()} comes"
                 shown.say(f"{name} is gone{comes}")
-        if not self._working and not self._done():
+        if not self._working and not done:
             raise ValueError(
                 "no worker is left, and no more may be started again. "
                 + _kept(self.folder, "Give more restarts.")
             )
-
-    def _done(self) -> bool:
-        import ray
-
-        return ray.get(self._server.begun.remote()) == self.steps
-
-    def _check(self, loss: float, n: int, saved: int | None) -> None:
-        if not math.isfinite(loss):
-            raise NonFiniteLoss(f"the loss is {loss}", n, self.folder, saved)
 
     def close(self) -> None:
         """Ends all processes of the run."""

@@ -5,6 +5,7 @@ when later steps are already queued, so the devices never wait for it. It reads 
 loss of every step, so it knows exactly where a run went wrong.
 """
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -111,7 +112,8 @@ def fit(
         _guarded(timeout, checkpoint) as guard,
         Progress(steps, start_step=first, enabled=progress) as shown,
     ):
-        log = _Log(shown, metrics, checkpoint, log_every, steps)
+        stop = functools.partial(_not_finite, checkpoint=checkpoint)
+        log = Log(shown, metrics, stop, log_every, steps)
         for n in range(first + 1, steps + 1):
             try:
                 batch = next(stream)
@@ -230,31 +232,33 @@ def _save(checkpoint: Checkpoints | None, state: TrainState, n: int) -> None:
     checkpoint.save(state)
 
 
-class _Log:
+class Log:
     """Reads the metrics of finished steps, judges the loss, and passes them on."""
 
     def __init__(
         self,
         shown: Progress,
         metrics: Metrics | None,
-        checkpoint: Checkpoints | None,
+        stop: Callable[[str, int], NonFiniteLoss],
         log_every: int,
         steps: int,
     ):
-        self.shown, self.metrics, self.checkpoint = shown, metrics, checkpoint
+        """Of a run of `steps`; `stop(what, step)` says what is not finite."""
+        self.shown, self.metrics, self.stop = shown, metrics, stop
         self.log_every, self.steps = log_every, steps
         self.skipped = 0  # steps in a row
         self.last = 0  # step
 
     def step(self, n: int, examples: int, values: Mapping[str, Any]) -> None:
+        """Step `n` is done."""
         numbers = {name: float(value) for name, value in values.items()}
         self.skipped = self.skipped + 1 if numbers.get("skipped") else 0
         if self.skipped > MOST_SKIPPED:
             what = f"no gradient was finite for {MOST_SKIPPED} steps"
-            raise _not_finite(what, n, self.checkpoint)
+            raise self.stop(what, n)
         if not math.isfinite(numbers["loss"]) and not self.skipped:
             what = f"the loss is {numbers['loss']}"
-            raise _not_finite(what, n, self.checkpoint)
+            raise self.stop(what, n)
         self.last = n
         self.shown.update(n, numbers["loss"], examples)
         if self.metrics is not None and (n % self.log_every == 0 or n == self.steps):
@@ -262,6 +266,7 @@ class _Log:
             self.metrics.write(n, numbers | rate)
 
     def evaluation(self, n: int, values: Mapping[str, float]) -> None:
+        """An evaluation after step `n`."""
         numbers = {name: float(value) for name, value in values.items()}
         said = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         self.shown.say(f"step {n}: {said}")

@@ -148,11 +148,16 @@ def run(c: Config) -> None:
     ]
     head = ("way", "accuracy", "", "lost", "twice", "median staleness", "most")
     print(table(head, lines))
-    before, after = rows
+    sys.exit(wrong(*rows))
+
+
+def wrong(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """What is, in the asynchronous run after the other."""
     if after["lost"] or after["twice"]:
-        sys.exit("a batch was lost or counted twice")
+        return "a batch was lost or counted twice"
     if after["accuracy"] < before["accuracy"] - 0.01:
-        sys.exit("the asynchronous run is worse by more than a point")
+        return "the asynchronous run is worse by more than a point"
+    return None
 
 
 if __name__ == "__main__":

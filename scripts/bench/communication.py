@@ -27,7 +27,13 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxeff import parallelism, tree
 from jaxeff.models import build
-from jaxeff.parallelism import Audit, audit, batch_sharding, make_mesh
+from jaxeff.parallelism import (
+    Audit,
+    audit,
+    batch_sharding,
+    make_mesh,
+    tpu_devices,
+)
 from jaxeff.program import table
 from jaxeff.training import Aux, forms, init_state, make_train_step
 from jaxeff.training.cli import main
@@ -67,8 +73,8 @@ class Found:
 def llama(n: int) -> tuple[Callable, Any, Any]:
     """A loss, its weights' shapes and a batch's, for `n` devices in one axis.
 
-    Every dim divides among them, and is so large that TPUs gather parts of it: parts of
-    less than about 100 KB they sum up, which takes no longer.
+    Every dim divides among them, and is so large that TPUs gather its parts: among 256
+    chips parts of 64 KB were summed up with zeros, parts of 128 KB were gathered.
     """
     d = max(128, 16 * n)
     heads = d // 128
@@ -253,16 +259,6 @@ WAYS = {
 }
 
 
-def devices_of(name: str) -> list:
-    """Of this machine, or of TPUs by the name of their topology."""
-    if name == "cpu":
-        return jax.devices()
-    from jax.experimental import topologies
-
-    found = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    return list(found.devices)
-
-
 def run(c: Config) -> None:
     """Every row that is not there yet; then the table."""
     if unknown := [name for name in c.only if name not in WAYS]:
@@ -271,7 +267,7 @@ def run(c: Config) -> None:
         )
     rows = rows_so_far(c.output, {})
     for name in c.on:
-        devices = devices_of(name)
+        devices = jax.devices() if name == "cpu" else tpu_devices(name)
         for way in c.only or WAYS:
             if any((r["on"], r["way"]) == (name, way) for r in rows):
                 continue

@@ -4,9 +4,11 @@
 
 Trains the same transformer on the same batches of a text, data parallel, with the mean
 of the gradient in full and compressed in each way, and compares the loss on the part of
-the text that was kept back. What each way sends is read from the compiled step, and has
-to be what the transform says. Each finished row is in `--output`, and a second run goes
-on from there. Exits 1 where something else is sent.
+the text that was kept back. AdamW takes what was sent; or ("divided") each device
+divides its own gradient as Adam does, and that is sent (`parallelism.apart`). What each
+way sends is read from the compiled step, and has to be what the transform says. Each
+finished row is in `--output`, and a second run goes on from there. Exits 1 where
+something else is sent.
 """
 
 import dataclasses
@@ -31,16 +33,22 @@ from jaxeff.training.cli import main
 from jaxeff.training.language import language_loss, nats_per_token
 from jaxeff.training.results import about, rows_so_far, write_json
 
-WAYS: dict[str, Callable[..., Compression]] = {
+COMPRESSIONS: dict[str, Callable[..., Compression]] = {
     "in full": parallelism.average,
     "8 bits": functools.partial(parallelism.rounded, 8, block=1024),
     "float8": functools.partial(parallelism.float8, block=1024),
     "4 bits": functools.partial(parallelism.rounded, 4),
     "1 bit": functools.partial(parallelism.rounded, 1),
     "PowerSGD, rank 4": functools.partial(parallelism.powersgd, 4),
+    "PowerSGD, rank 16 in 8 bits": functools.partial(
+        parallelism.powersgd, 16, bits=8, block=1024
+    ),
+    "PowerSGD, rank 32 in 4 bits": functools.partial(parallelism.powersgd, 32, bits=4),
     "top 1 %": functools.partial(parallelism.top_k, 0.01),
     "random 5 %": functools.partial(parallelism.random_k, 0.05),
 }
+DIVIDED = ", divided"
+WAYS = (*COMPRESSIONS, *(name + DIVIDED for name in COMPRESSIONS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +75,24 @@ class Config:
     """JSON file for the results, and to go on from."""
 
 
+def optimizer(
+    name: str, rate: optax.Schedule, devices: int
+) -> tuple[optax.GradientTransformation, Compression]:
+    """AdamW, and what is sent in it."""
+    compression = COMPRESSIONS[name.removesuffix(DIVIDED)](devices=devices)
+    if not name.endswith(DIVIDED):
+        return optax.chain(compression, optax.adamw(rate)), compression
+    divided = optax.scale_by_rms(0.999, eps_in_sqrt=False, bias_correction=True)
+    tx = optax.chain(
+        parallelism.apart(divided, devices=devices),
+        compression,
+        optax.ema(0.9),
+        optax.add_decayed_weights(1e-4),
+        optax.scale_by_learning_rate(rate),
+    )
+    return tx, compression
+
+
 def measure(c: Config, name: str) -> dict[str, Any]:
     """Trains with one way."""
     mesh = make_mesh()
@@ -78,11 +104,10 @@ def measure(c: Config, name: str) -> dict[str, Any]:
     first = next(batches)
     params = jax.jit(model.init)(jr.key(0), first[:, :-1])
     eval_fn, train_fn = forms(model, params)
-    compression = WAYS[name](devices=devices)
     rate = optax.warmup_cosine_decay_schedule(
         0.0, c.learning_rate, max(1, c.steps // 20), max(2, c.steps)
     )
-    tx = optax.chain(compression, optax.adamw(rate))
+    tx, compression = optimizer(name, rate, devices)
     step = make_train_step(language_loss(train_fn), tx, per_device=mesh)
     state = init_state(params, tx, jr.key(1))
     compiled = jax.jit(step).lower(state, jax.device_put(first, to)).compile()

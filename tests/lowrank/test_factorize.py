@@ -9,6 +9,11 @@ from jaxeff.program import dense, is_leaf, lift_report, trace
 from jaxeff.quantization import quantize
 from tests.zoo import ZOO
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_the_gradient_flows_into_both_factors_through_scan_and_remat",
+}
+
 CASES = {c.name: c for c in ZOO}
 SOME = [
     "linen_cnn",

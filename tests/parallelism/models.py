@@ -60,13 +60,13 @@ def ten_steps(loss, params, x):
     tx = optax.sgd(1e-2, momentum=0.9)
 
     @jax.jit
-    def step(params, state):
+    def step(params, state, x):  # not as a constant: other processes have parts of it
         value, grads = jax.value_and_grad(loss)(params, x)
         updates, state = tx.update(grads, state)
         return optax.apply_updates(params, updates), state, value, grads
 
     state, first = tx.init(params), None
     for _ in range(10):
-        params, state, value, grads = jax.block_until_ready(step(params, state))
+        params, state, value, grads = jax.block_until_ready(step(params, state, x))
         first = first or (value, grads)
     return *first, params

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxeff.data import Batch
 from jaxeff.parallelism import (
+    apart,
     audit,
     average,
     batch_sharding,
@@ -34,6 +35,7 @@ ALL = {
     "top-k": top_k(0.05, devices=N),
     "random-k": random_k(0.05, devices=N),
     "powersgd": powersgd(2, devices=N),
+    "powersgd, 8 bits": powersgd(4, devices=N, bits=8, block=8),
 }
 each = pytest.mark.parametrize("tx", ALL.values(), ids=ALL)
 
@@ -70,6 +72,23 @@ def test_all_devices_get_the_same(tx):
     got, _ = compiled(tx, make_mesh())(gradients(), tx.init(PARAMS))
     for array in jax.tree.leaves(got):
         assert (np.asarray(array) == np.asarray(array)[:1]).all()
+
+
+def test_what_is_apart_is_each_devices_own():
+    divided = optax.scale_by_rms(0.9, bias_correction=True)
+    run = compiled(
+        tx := optax.chain(apart(divided, devices=N), average(devices=N)), make_mesh()
+    )
+    state, own = tx.init(PARAMS), [divided.init(PARAMS)] * N
+    for seed in range(3):
+        grads = gradients(seed)
+        got, state = run(grads, state)
+        of = [jax.tree.map(lambda g, i=i: g[i], grads) for i in range(N)]
+        each_one = [divided.update(g, s) for g, s in zip(of, own, strict=True)]
+        own = [s for _, s in each_one]
+        mean = jax.tree.map(lambda *a: sum(a) / N, *(g for g, _ in each_one))
+        for a, b in zip(*map(jax.tree.leaves, (got, mean)), strict=True):
+            np.testing.assert_allclose(a[3], b, rtol=1e-5, atol=1e-6)
 
 
 @each
@@ -232,9 +251,12 @@ def test_all_devices_skip_a_step_that_overflowed_on_one():
     assert state.params["w"] == 1
 
 
-def test_a_step_on_each_device_that_averages_nothing_is_an_error():
+@pytest.mark.parametrize(
+    "tx", [optax.identity(), apart(optax.scale_by_rms(), devices=N)]
+)
+def test_a_step_on_each_device_that_averages_nothing_is_an_error(tx):
     with pytest.raises(ValueError, match="nothing in tx averages them"):
-        trained(optax.identity(), 1, per_device=make_mesh())
+        trained(tx, 1, per_device=make_mesh())
 
 
 def test_integers_of_a_loss_stay_integers():

@@ -16,12 +16,15 @@ from jaxeff.parallelism import (
     audit,
     average,
     batch_sharding,
+    batch_share,
     make_mesh,
     replicate,
     shard_batch,
 )
+from jaxeff.parallelism.data_parallel import _share
 from jaxeff.training import Aux, init_state, make_train_step
 from tests.parallelism import worker
+from tests.parallelism.processes import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,6 +96,22 @@ def test_examples_stay_in_order_and_none_is_lost():
     assert [s.data.tolist() for s in sharded["x"].addressable_shards][1] == [2, 3]
 
 
+def test_processes_that_share_examples_load_the_same():
+    assert batch_share(make_mesh()) == (0, 1)
+    # Which of eight parts the devices of each process hold.
+    apart, together = {0: {0, 1, 2, 3}, 1: {4, 5, 6, 7}}, {0: {0}, 1: {0}, 2: {1}}
+    assert [_share(apart, i) for i in range(2)] == [(0, 2), (1, 2)]
+    assert [_share(together, i) for i in range(3)] == [(0, 2), (0, 2), (1, 2)]
+
+
+@pytest.mark.parametrize("held", [{0: {0, 1}, 1: {1, 2}}, {0: {0, 2}, 1: {1, 3}}])
+def test_shares_that_overlap_in_part_or_interleave_are_an_error(held):
+    with pytest.raises(ValueError, match="each process loads one run of examples"):
+        _share(held, 0)
+    with pytest.raises(ValueError, match="and none of process 2"):
+        _share(held, 2)
+
+
 def test_axes_other_than_data_hold_copies():
     x = shard_batch(np.arange(4), make_mesh(tensor=2))
     assert sorted(s.data.tolist() for s in x.addressable_shards) == [
@@ -137,3 +156,22 @@ def test_two_processes_with_a_checkpoint_between_end_where_one_ends(tmp_path):
     for i in range(2):
         with np.load(tmp_path / f"{i}.npz") as end:
             assert close(dict(end), one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_axis_over_several_processes_is_one_device(processes):
+    devices = 8 // processes
+    launch = [sys.executable, "scripts/launch.py", "--processes", str(processes)]
+    options = ["--devices", str(devices), "--grace", "5", "--"]
+    run = subprocess.run(
+        [*launch, *options, "tests/parallelism/processes.py"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    held = run.stdout.splitlines()
+    assert [name for name in CASES if name in held] == CASES, run.stdout

@@ -18,7 +18,13 @@ from tests.parallelism.models import loss_problem, MODELS, near, ten_steps
 
 SLOW = {
     f"test_value_gradient_and_ten_steps_are_those_of_one_device[{name}]"
-    for name in ("bert", "llama", "vit", "resnet20", "mobilenet")
+    for name in ("bert", "llama", "llama scanned", "vit", "resnet20", "mobilenet")
+} | {
+    "test_weights_and_gradients_take_a_part_of_the_memory",
+    "test_over_tensor_and_fsdp_a_weight_is_split_twice",
+    "test_compressed_weights_are_gathered_compressed[quantized]",
+    "test_weights_are_gathered_twice_and_gradients_summed_once[llama scanned]",
+    "test_an_axis_of_one_device_splits_nothing",
 }
 
 

@@ -36,6 +36,8 @@ def test_together_they_are_one_device(model, axes):
     mesh = make_mesh(**sizes, devices=devices)
     fn, placed = shard(loss, params, x, mesh=mesh)
     fn, placed = fully_shard(fn, placed, x, mesh=mesh, least=64)
+    split = [not w.sharding.is_fully_replicated for w in jax.tree.leaves(placed)]
+    assert any(split) == (mesh.shape["fsdp"] * mesh.shape["tensor"] > 1)
     got = ten_steps(fn, placed, jax.device_put(x, batch_sharding(mesh, len(x))))
     near(got[:2], want[:2])
     near(got[2], want[2])

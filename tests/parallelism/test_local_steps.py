@@ -20,6 +20,11 @@ from jaxeff.parallelism import (
 )
 from jaxeff.training import Aux, init_state, make_train_step
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_they_train_alone_and_then_the_mean_is_the_outer_gradient[local SGD]",
+}
+
 N, ROWS = 8, 4
 PARAMS = {
     "a": {"w": 0.1 * jr.normal(jr.key(5), (6, 7)), "b": jnp.zeros(7)},
@@ -164,9 +169,7 @@ def test_errors():
         tx(every=4, parts=5)
     with pytest.raises(ValueError, match="there are 3 for parts=4"):
         tx(every=4, parts=4).init(PARAMS)
-    with pytest.raises(
-        ValueError, match="one diloco in the optimizer, but|but it has 0"
-    ):
+    with pytest.raises(ValueError, match="but it has 0"):
         local_weights(PARAMS, optax.sgd(1.0).init(PARAMS))
     with pytest.raises(ValueError, match="update needs them"):
         jax.shard_map(

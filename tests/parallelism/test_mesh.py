@@ -2,7 +2,7 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
-from jaxeff.parallelism import make_mesh
+from jaxeff.parallelism import make_mesh, tpu_devices
 from jaxeff.parallelism.mesh import AXES, split_over_slices
 
 
@@ -71,3 +71,14 @@ def test_only_the_outermost_axes_reach_over_slices(shape, slices, across):
 def test_axes_that_do_not_divide_by_the_slices_are_an_error(shape):
     with pytest.raises(ValueError, match=r"over 2 slices .* tensor\(\d\) they can't"):
         split_over_slices(shape, 2)
+
+
+def test_chips_that_are_not_there_make_a_mesh(tpus):
+    mesh = make_mesh(fsdp=4, tensor=2, devices=tpus("v5e:2x4"))
+    assert mesh.size == 8 and {d.platform for d in mesh.devices.flat} == {"tpu"}
+
+
+def test_a_topology_that_no_compiler_here_knows_is_an_error():
+    # With libtpu for its shape, without for want of it.
+    with pytest.raises(ValueError, match="or it does not know 'v5e:3x7'"):
+        tpu_devices("v5e:3x7")

@@ -22,6 +22,11 @@ from jaxeff.parallelism import (
     zero_bubble,
 )
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_value_and_gradient_are_those_of_one_device",
+}
+
 WIDTH, VOCAB, LENGTH, EXAMPLES, LAYERS = 16, 32, 8, 32, 10
 
 
@@ -326,3 +331,6 @@ def test_sizes_that_do_not_fit_are_an_error():
     wider = lambda w, x, key: jnp.concatenate([x, x], -1)
     with pytest.raises(ValueError, match="a layer of a pipeline gives what"):
         pipeline(embed, wider, head, cut, mesh)(params, tokens)
+    counted = Pipelined(ends | {"count": jnp.int32(3)}, params.stages)
+    with pytest.raises(ValueError, match="every weight, but ends/count is int32"):
+        run(counted, tokens)

@@ -22,7 +22,7 @@ SLOW = {
         "test_the_sharded_model_computes_the_same_and_sends_what_the_plan_says",
         "test_gradients_are_those_of_one_device",
     )
-    for name in ("llama scanned", "vit", "resnet20", "mobilenet", "unet")
+    for name in ("bert", "llama scanned", "vit", "resnet20", "mobilenet", "unet")
 }
 each = pytest.mark.parametrize("name", (*MODELS, "unet"))
 

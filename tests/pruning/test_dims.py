@@ -8,6 +8,11 @@ from jax import lax
 from jaxeff.models import build
 from jaxeff.pruning import NofM, one_shot, prune, Unstructured, weight_dims
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_a_whole_transformer_becomes_2_of_4_where_it_multiplies[False]",
+}
+
 
 def test_dims_are_those_that_products_sum_over(normal):
     """A table, a convolution, a product by heads, a stack in a scan, a transpose."""

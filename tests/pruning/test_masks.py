@@ -233,8 +233,13 @@ def test_masks_of_a_tree_are_those_of_its_leaves_and_never_bring_back(getkey):
     for path in ("kernel", "deep"):
         old, new = jax.tree.leaves(first[path])[0], jax.tree.leaves(second[path])[0]
         assert not jnp.any(new & ~old) and jnp.sum(~new) == new.size // 2
+    both = make_masks(other, 0.5, kept={**first, "kernel": None})
+    assert jnp.array_equal(both["kernel"], make_masks(other, 0.5)["kernel"])
+    assert jnp.array_equal(both["deep"]["kernel"], second["deep"]["kernel"])
     with pytest.raises(ValueError, match=r"sparsity .* in \[0, 1\), got 1"):
         make_masks(scores, 1)
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got 90.* write 0.8"):
+        keep_largest(params["kernel"], 90)
     with pytest.raises(ValueError, match="nothing to prune.*left for 'n'"):
         make_masks({"n": jnp.arange(3)}, {"n": 0.5})
 

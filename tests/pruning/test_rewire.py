@@ -24,10 +24,13 @@ from jaxeff.pruning import (
     Unstructured,
 )
 from jaxeff.pruning.rewire import renewed
+from jaxeff.quantization import compress_state
 from tests.pruning.sparse import at, close, COVERED, example, OPTIMIZERS, SHAPES, step
 
 # Of this module, what takes longer than 5 s.
 SLOW = {
+    "test_the_number_of_weights_stays_and_those_that_stay_train_as_ever[adamw]",
+    "test_a_compressed_state_is_refused_and_compresses_outside",
     "test_the_number_of_weights_stays_and_those_that_stay_train_as_ever[momentum]",
 }
 
@@ -267,6 +270,18 @@ def test_entries_of_a_weight_are_told_by_the_longest_end_of_their_path():
     assert mu["a"]["w"].tolist() == [7, 0, 7] and mu["w"].tolist() == [7, 7, 7]
     assert new.acc_grads["a"]["w"].tolist() == [7, 0, 7]
     assert new.mini_step == 7
+
+
+def test_a_compressed_state_is_refused_and_compresses_outside(getkey):
+    params, rules = example(getkey()), {"every": 1, "until": 9}
+    tx = rigl(compress_state(optax.adam(1e-2), smallest=16), 0.5, **rules)
+    with pytest.raises(ValueError, match="this one keeps it compressed"):
+        tx.init(params)
+    tx = compress_state(rigl(optax.adam(1e-2), 0.5, **rules), smallest=16)
+    state = tx.init(params)
+    for _ in range(3):
+        params, state = step(tx, params, state, example(getkey()))
+    assert int(jnp.sum(params["kernel"] == 0)) >= params["kernel"].size // 2
 
 
 def test_numbers_out_of_range_are_refused(getkey):

@@ -13,12 +13,24 @@ from hypothesis import given, strategies as st
 from jaxeff import trace, tree
 from jaxeff.models import CNN, ResNet
 from jaxeff.program import like
-from jaxeff.pruning import Budget, flops, magnitude, parameters, select, shrink
+from jaxeff.pruning import (
+    activation,
+    Budget,
+    flops,
+    magnitude,
+    parameters,
+    random,
+    select,
+    shrink,
+    taylor,
+)
 from jaxeff.pruning.select import Widths
+from jaxeff.quantization import int4, quantize
 from tests.zoo import draw
 
 # Of this module, what takes longer than 5 s.
 SLOW = {
+    "test_a_budget_is_kept_and_hardly_undercut[global]",
     "test_a_budget_is_kept_and_hardly_undercut[local]",
 }
 
@@ -91,11 +103,12 @@ def test_normalised_scores_do_not_depend_on_units():
 
 @given(st.integers(0, 300), st.integers(1, 300), st.integers(1, 9), st.integers(1, 16))
 def test_widths_are_allowed_and_near(n, size, floor, multiple):
+    n = min(n, size)
+    allowed = {size} | {k for k in range(multiple, size, multiple) if k >= floor}
     width = Widths(floor, multiple).nearest(n, size)
-    assert 1 <= width <= size
-    assert width == size or width % multiple == 0
-    assert width >= min(floor, size) - multiple / 2
-    assert abs(width - max(n, floor)) <= max(multiple - 1, 0) or width == size
+    assert width in allowed
+    assert abs(width - n) == min(abs(k - n) for k in allowed)
+    assert Widths(floor, multiple).nearest(size, size) == size
 
 
 def test_widths_are_rounded_and_have_a_floor():
@@ -128,6 +141,41 @@ def test_bad_options_are_one_clear_line(options, message):
 
 
 # Which couplings a pattern chooses.
+
+
+def test_what_is_to_be_ignored_keeps_its_shape():
+    kept = lambda **o: jax.tree.map(jnp.shape, shrink(two, weights(), X, **o)[1])
+    assert kept(ignore="a") == {"a": (3, 8), "b": (8, 2), "c": (2, 2)}
+    assert kept(ignore=["c"], keep=0.25) == {"a": (3, 2), "b": (2, 4), "c": (4, 2)}
+    with pytest.raises(ValueError, match="Nearest"):
+        kept(ignore="aa")
+    with pytest.raises(ValueError, match="nothing in this function can be removed"):
+        kept(ignore="b")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"budget": 0.5}, r"got 0.5: write pruning.flops\(0.5\)"),
+        ({"budget": [flops]}, "with its limit, got <function flops"),
+        ({"score": magnitude}, r"write pruning.magnitude\(2\)"),
+        ({"score": lambda loss, batches: magnitude(2)}, "does not: write"),
+        ({"score": lambda program, p: None}, "for each coupling, by name"),
+        (
+            {"score": taylor(two, iter([X]))},
+            r"an array of shape \(2, 3\): write",
+        ),
+        ({"score": activation(iter([X]))}, r"an array of shape \(2, 3\): write"),
+    ],
+)
+def test_what_is_no_score_and_no_budget_is_one_clear_line(options, message):
+    with pytest.raises(ValueError, match=message):
+        select(two, weights(), X, **options)
+
+
+def test_a_function_without_inputs_says_how_to_give_them():
+    with pytest.raises(ValueError, match=r"select\(fn, params, x\).*functional"):
+        select(two, weights())
 
 
 @pytest.mark.parametrize(
@@ -185,7 +233,7 @@ def test_no_coupling_has_room_for_more(scope, getkey):
     limit = 0.5 * trace(model.apply, params, x).costs.flops
     chosen = select(model.apply, params, x, budget=flops(0.5), scope=scope, multiple=2)
     back = [t for t in chosen.trials if t.back]
-    assert all(t.met for t in back) and chosen.trials[-1].figures["FLOPs"] <= limit
+    assert chosen.trials[-1].figures["FLOPs"] <= limit
     if back:
         assert f"room for {back[-1].back[1]} more of {back[-1].back[0]}" in str(chosen)
 
@@ -212,6 +260,37 @@ def test_several_budgets_are_all_kept():
         trace(chosen.resize(two), small, X).costs.flops
         <= trace(two, params, X).costs.flops / 2
     )
+
+
+def test_room_is_given_back_before_budgets_exclude_each_other():
+    params = {"a": jnp.ones((3, 8)), "b": jnp.ones((8, 8)), "c": jnp.ones((8, 2))}
+    whole = trace(two, params, X).costs.flops
+    share = lambda fn, params, args: trace(fn, params, *args).costs.flops / whole
+    # Both couplings halved at once are 35 %, either of them alone 58 or 62 %.
+    budgets = [flops(0.7), Budget("share", share, at_least=0.5)]
+    chosen = select(two, params, X, budget=budgets, multiple=4)
+    now = share(chosen.resize(two), chosen.take(params), (X,))
+    assert 0.5 <= now <= 0.7
+    assert chosen.trials[-1].figures == {"FLOPs": now * whole, "share": now}
+
+
+def test_the_numbers_of_a_compressed_model_are_those_it_stands_for():
+    kept = []
+    for fn, params in (
+        (two, weights()),
+        quantize(two, weights(), X, formats=int4),
+    ):
+        chosen = select(fn, params, X, budget=parameters(0.5), score=random())
+        kept.append([m.tolist() for m in chosen.keep.values()])
+    assert kept[0] == kept[1]
+
+
+def test_a_smallest_step_that_is_too_much_is_an_error():
+    params = {"a": jnp.ones((3, 10)), "b": jnp.ones((10, 4)), "c": jnp.ones((4, 2))}
+    width = lambda fn, params, args: params["a"].shape[1]
+    options = {"keep": {"{a,b}": 0.0}, "multiple": 8}
+    with pytest.raises(ValueError, match=r"nothing may leave: .* width 8 \(limit 10\)"):
+        select(two, params, X, budget=Budget("width", width, at_least=10), **options)
 
 
 def with_idle():
@@ -247,6 +326,7 @@ def test_as_much_leaves_as_what_must_be_reached_allows():
         (lambda: parameters(3), "even the least that may stay is too much"),
         (lambda: fidelity(1.5), "does not reach what it must"),
         (lambda: [parameters(0.2), fidelity(0.99)], "exclude each other"),
+        (lambda: [fidelity(0.5), fidelity(0.9)], "more than one is called 'fidelity'"),
         (lambda: flops(0), "above 1, got 0"),
         (lambda: Budget("x", lambda *a: 1.0), "one limit"),
     ],
@@ -355,8 +435,70 @@ def test_a_state_whose_dims_cannot_be_told_is_an_error():
         chosen.take_state({"row": {"b": jnp.ones(6)}})
     with pytest.raises(ValueError, match="are not among"):
         chosen.take_state({"b": jnp.ones(5)})
-    same = {"row": {"other": jnp.ones(6)}, "b": jnp.ones(1)}
-    assert chosen.take_state(same) is not None
+    same = {"row": {"other": jnp.arange(6.0)}, "b": jnp.ones(1)}
+    assert jax.tree.all(jax.tree.map(np.array_equal, chosen.take_state(same), same))
+
+
+def test_the_state_of_a_part_of_the_weights_is_cut_too():
+    # Outside and inside of the block weights have the same names and shapes.
+    fn = lambda p, x: two(
+        p["params"]["block"], two(p["params"], x) @ p["params"]["last"]
+    )
+    inner = {**weights(), "last": jnp.ones((2, 3))}
+    params = {"params": {**inner, "block": weights()}, "stats": {"mean": jnp.ones(2)}}
+    params = jax.tree.map(lambda w: w + jr.normal(jr.key(w.size), w.shape), params)
+    tx = optax.adam(1e-3)
+    chosen = select(fn, params, X, keep={"params/{a,b}": 0.25, "params/block/**": 0.5})
+    small = chosen.take(params)
+    full = tx.update(params, tx.init(params), params)[1]
+    want = chosen.take_state(full)[0].mu["params"]
+    part = params["params"]
+    cut = chosen.take_state(tx.update(part, tx.init(part), part)[1])
+    tx.update(small["params"], cut, small["params"])
+    assert jax.tree.all(jax.tree.map(np.array_equal, cut[0].mu, want))
+    with pytest.raises(ValueError, match="could be of params/a or params/block/a"):
+        chosen.take_state(tx.init(part["block"]))
+
+
+def test_weights_that_were_not_chosen_from_are_refused():
+    params = {"params": weights()}
+    chosen = select(lambda p, x: two(p["params"], x), params, X)
+    for wrong, message in [
+        (params["params"], "there is no params/a among a, b, c"),
+        (chosen.take(params), r"params/a loses indices of \(3, 8\), .* taken before"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            chosen.take(wrong)
+    with pytest.raises(ValueError, match="none of the 1 arrays here, other among them"):
+        chosen.take_state({"other": jnp.ones(3)})
+    twice = {"0": {"a": jnp.ones((3, 8))}}
+    twin = {"x": weights(), "y": weights()}
+    chosen = select(lambda p, x: two(p["x"], x) + two(p["y"], x), twin, X)
+    with pytest.raises(ValueError, match="0/a could be of x/a or y/a"):
+        chosen.take_state(twice)
+
+
+def test_compressed_weights_are_zeroed_dense():
+    fn, params = quantize(two, weights(), X)
+    chosen = select(fn, params, X, keep=0.5)
+    small = chosen.resize(fn)(chosen.take(params), X)
+    assert close(small, two(chosen.zeroed(params), X))
+
+
+def test_scores_may_be_complex_or_below_zero():
+    a = jnp.where(jnp.arange(8)[None] < 4, 3j, 1.0 + 1j) * jnp.ones((3, 1))
+    params = {"a": a, "b": jnp.ones((8, 4), a.dtype), "c": jnp.ones((4, 2), a.dtype)}
+    fn = lambda p, x: jnp.abs(two(p, x))
+    for score in (magnitude(1), magnitude(2)):
+        chosen = select(fn, params, X, keep={"{a,b}": 0.5}, score=score)
+        (mask,) = chosen.keep.values()
+        assert mask.tolist() == [True] * 4 + [False] * 4
+    below = lambda program, p: {
+        c.name: -1.0 - np.arange(c.size) for c in program.couplings
+    }
+    chosen = select(two, weights(), X, score=below, scope="global")
+    # In units of their means (4.5 and 2.5) the second's come after the first's.
+    assert [int(m.sum()) for m in chosen.keep.values()] == [4, 2]
 
 
 def test_a_selection_fits_any_function_of_the_same_weights(getkey):

@@ -9,12 +9,13 @@ import pytest
 from jaxeff import tree
 from jaxeff.models import CNN, GPT, Llama, LlamaConfig, MobileNet, ResNet
 from jaxeff.program import dense, like
-from jaxeff.pruning import select, shrink, shrink_in_rounds
+from jaxeff.pruning import Budget, parameters, select, shrink, shrink_in_rounds
 from jaxeff.quantization import quantize
 from tests.zoo import draw, ZOO
 
 # Of this module, what takes longer than 5 s.
 SLOW = {
+    "test_gradients_of_the_shrunk_are_those_of_the_masked_where_it_kept[equinox_cnn]",
     "test_gradients_of_the_shrunk_are_those_of_the_masked_where_it_kept[linen_cnn]",
 }
 
@@ -202,6 +203,71 @@ def test_rounds_reach_the_same_widths_and_train_in_between():
     kept = np.concatenate(kept)
     expected = jax.nn.relu(x @ params["a"][:, kept]) @ (8 * params["b"][kept])
     assert jnp.allclose(small_fn(small, x), expected)
+
+
+@pytest.mark.parametrize(
+    "options, widths",
+    [
+        # 6 neurons: by the last width alone 3 would be the last from round 2 on.
+        ({"rounds": 4, "keep": 0.5}, [5, 4, 4, 3]),
+        ({"rounds": 3, "keep": 0.3}, [4, 3, 2]),
+        # A round in which nothing can leave yet trains.
+        ({"rounds": 4, "keep": 0.5, "multiple": 3}, [6, 3, 3, 3]),
+        ({"rounds": 4, "keep": 0.5, "scope": "global"}, [5, 4, 4, 3]),
+    ],
+)
+def test_each_round_keeps_its_part_of_what_there_was_at_first(options, widths):
+    fn, params, x = mlp()
+    seen = []
+
+    def finetune(n, fn, params):
+        seen.append(params["a"].shape[1])
+        return params
+
+    shrink_in_rounds(fn, params, x, finetune=finetune, **options)
+    assert seen == widths
+
+
+def test_rounds_come_nearer_to_a_budget_step_by_step():
+    fn, params, x = mlp()
+    seen, rounds = [], {"rounds": 3, "finetune": lambda n, fn, p: seen.append(p) or p}
+    whole = tree.tree_size(params)
+    shrink_in_rounds(fn, params, x, budget=parameters(0.3), **rounds)
+    sizes = [tree.tree_size(p) for p in seen]
+    for n, size in enumerate(sizes):
+        assert size <= whole * 0.3 ** ((n + 1) / 3)
+    assert sizes == sorted(sizes, reverse=True) and len({*sizes}) == 3
+    least = Budget("fidelity", lambda *_: 1.0, at_least=0.5)
+    with pytest.raises(ValueError, match="no budget has one"):
+        shrink_in_rounds(fn, params, x, budget=least, **rounds)
+    with pytest.raises(ValueError, match="within its budget as it is"):
+        shrink_in_rounds(fn, params, x, budget=parameters(10**6), **rounds)
+    with pytest.raises(ValueError, match="got 50 for"):
+        shrink_in_rounds(fn, params, x, keep=50, **rounds)
+    with pytest.raises(ValueError, match="it returned None"):
+        shrink_in_rounds(fn, params, x, rounds=2, finetune=lambda n, fn, p: None)
+
+
+def test_couplings_are_found_again_though_others_are_gone():
+    # With one index left a dim is no coupling, and those after it are counted anew.
+    fn = lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
+    params = {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 16)), "c": jnp.ones((16, 3))}
+    seen = []
+
+    def finetune(n, fn, params):
+        seen.append(params["b"].shape)
+        return params
+
+    x = jnp.ones((1, 4))
+    shrink_in_rounds(fn, params, x, rounds=3, finetune=finetune, keep=0.25)
+    assert seen == [(1, 10), (1, 6), (1, 4)]
+
+
+def test_rounds_that_remove_nothing_are_refused_before_any_training():
+    fn, params, x = mlp()
+    stay = lambda n, fn, params: pytest.fail("it trained")
+    with pytest.raises(ValueError, match="nothing would be removed"):
+        shrink_in_rounds(fn, params, x, rounds=2, finetune=stay, keep=0.95)
 
 
 @pytest.mark.parametrize("rounds, keep", [(0, 0.5), (2, 0)])

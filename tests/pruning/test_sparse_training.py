@@ -44,6 +44,10 @@ def test_the_group_lasso_adds_the_gradient_of_its_penalty():
     expected = jax.grad(penalty)(params)
     for name in params:
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-5)
+    # The same where a part of the weights trains, as `variables["params"]` does.
+    whole = trace(lambda p, x: mlp(p["params"], x), {"params": params}, X)
+    part = added(group_lasso(whole, 0.1), params)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, part, got))
 
 
 def test_the_group_lasso_follows_every_coupling_of_a_transformer(getkey):

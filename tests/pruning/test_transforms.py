@@ -30,6 +30,11 @@ from jaxeff.pruning import (
 from jaxeff.training import Aux, init_state, make_train_step
 from tests.pruning.sparse import at, close, COVERED, example, OPTIMIZERS, step
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_it_trains_as_the_model_without_the_dropped_weights_would[momentum]",
+}
+
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_it_trains_as_the_model_without_the_dropped_weights_would(name, getkey):

@@ -24,6 +24,7 @@ from tests.zoo import draw
 
 # Of this module, what takes longer than 5 s.
 SLOW = {
+    "test_a_model_decodes_as_with_a_cache_that_is_rounded_at_each_step[int8-False]",
     "test_eight_bits_compute_nearly_what_floats_do_and_take_less",
 }
 

@@ -25,6 +25,9 @@ from tests.quantization.problems import problem
 
 # Of this module, what takes longer than 5 s.
 SLOW = {
+    "test_the_model_is_nearer_than_by_rounding_to_the_nearest"
+    "[groups on the way-int4 groups of 8]",
+    "test_convolutions_are_rounded_too[int4 per tensor-gptq]",
     "test_convolutions_are_rounded_too[codebook5x3-gptq]",
     "test_convolutions_are_rounded_too[int4-gptq]",
     "test_the_model_is_nearer_than_by_rounding_to_the_nearest[gptq-codebook5x2]",

@@ -14,6 +14,8 @@ from tests.quantization.problems import output_error, problem
 
 # Of this module, what takes longer than 5 s.
 SLOW = {
+    "test_it_is_what_its_codes_pick_and_the_error_is_less[128-codebook5x2]",
+    "test_it_is_what_its_codes_pick_and_the_error_is_less[128-codebook3]",
     "test_it_is_what_its_codes_pick_and_the_error_is_less[6-codebook4x4 in 2 stages]",
     "test_it_is_what_its_codes_pick_and_the_error_is_less[6-codebook5x2]",
     "test_it_is_what_its_codes_pick_and_the_error_is_less[6-codebook3]",

@@ -14,6 +14,7 @@ from tests.program.built import build, some
 
 # Of this module, what takes longer than 5 s.
 SLOW = {
+    "test_values_and_gradients_are_near[fp8-0.08]",
     "test_values_and_gradients_are_near[int8-0.03]",
     "test_rounding_by_chance_is_right_in_the_mean[int8]",
 }

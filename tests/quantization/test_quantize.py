@@ -13,6 +13,8 @@ from tests.zoo import ZOO
 
 # Of this module, what takes longer than 5 s.
 SLOW = {
+    "test_an_integer_model_is_near_the_one_with_its_dense_weights[linen_mobilenet]",
+    "test_a_quantized_model_computes_with_its_dense_weights[linen_gpt]",
     "test_a_quantized_model_computes_with_its_dense_weights[nnx_transformer]",
 }
 

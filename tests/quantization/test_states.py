@@ -13,6 +13,7 @@ from jaxeff.quantization.grids import named
 
 # Of this module, what takes longer than 5 s.
 SLOW = {
+    "test_training_goes_as_with_the_whole_state[adam-4-1.6]",
     "test_training_goes_as_with_the_whole_state[adam-8-1.15]",
 }
 

@@ -15,6 +15,7 @@ from jaxeff.quantization.learn import learn, refine
 
 # Of this module, what takes longer than 5 s.
 SLOW = {
+    "test_stages_are_learned_together",
     "test_more_bits_and_more_stages_are_nearer",
 }
 

@@ -14,6 +14,7 @@ from scripts.bench import gpu, gpu_parts
 
 # Of this module, what takes longer than 5 s.
 SLOW = {
+    "test_without_a_known_peak_there_is_no_mfu_but_all_else",
     "test_the_tests_marked_gpu_are_found_and_run",
     "test_without_a_gpu_it_says_so_in_one_line_and_writes_nothing",
     "test_training_counts_its_tokens_and_names_its_peak",

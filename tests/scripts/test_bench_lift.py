@@ -10,6 +10,7 @@ from scripts.bench import lift
 
 # Of this module, what takes longer than 5 s.
 SLOW = {
+    "test_a_wrong_result_is_written_and_ends_with_status_1",
     "test_lift_is_free_and_its_leaves_compute_what_they_stand_for[mlp]",
 }
 

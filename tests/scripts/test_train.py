@@ -26,6 +26,10 @@ from scripts.train import Config, run
 
 # Of this module, what takes longer than 5 s.
 SLOW = {
+    "test_devices_that_share_the_weights_train_what_one_trains[axes0]",
+    "test_devices_that_share_the_weights_train_what_one_trains[axes1]",
+    "test_image_models_train_on_colour_images_augmented[cnn-stages=((4,), (4,))]",
+    "test_what_cannot_run_is_one_line_and_leaves_nothing_behind",
     "test_language_models_learn_from_text[llama]",
     "test_language_models_learn_from_text[gpt]",
     "test_a_folder_with_a_run_is_neither_overwritten_nor_mixed_up",
@@ -189,12 +193,13 @@ def test_four_processes_are_launched_as_one_job(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains(tmp_path):
+@pytest.mark.parametrize("axes", [(), ("--tensor", 4)], ids=["data", "tensor"])
+def test_two_processes_train_what_one_trains(tmp_path, axes):
     options = (*TINY, "--steps", 20, "--checkpoint-every", 5)
     job = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "2"}
     job["JAX_NUM_CPU_DEVICES"] = "2"
     out = ("--output", tmp_path / "two")
-    two = [start(*options, *out, **job, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    two = [start(*options, *axes, *out, **job, JAX_PROCESS_ID=str(i)) for i in (0, 1)]
     (said, _), (silent, _) = map(finish, two)
     assert "4 device(s) of 2 process(es)" in said and "step 20" in said
     assert "step 20" not in silent  # process 0 speaks for all
@@ -241,6 +246,21 @@ def test_the_parts_of_a_batch_are_a_run_like_the_whole(tmp_path):
     assert np.allclose(*losses, rtol=1e-4)
 
 
+@pytest.mark.parametrize("axes", [("--fsdp", 2, "--tensor", 2), ("--zero",)])
+def test_devices_that_share_the_weights_train_what_one_trains(tmp_path, axes):
+    run = (*TINY[:3], "features=(512,)", *TINY[4:], "--log-every", 1, "--output")
+    losses = lambda name: [x["loss"] for x in lines(tmp_path / name) if "loss" in x]
+    train(*run, tmp_path / "one", "--steps", 4)
+    train(*run, tmp_path / "many", *axes, "--steps", 4)
+    assert np.allclose(losses("many"), losses("one"), rtol=1e-4)
+    train(*run, tmp_path / "many", *axes, "--steps", 6, "--resume")
+    assert len(losses("many")) == 6 and losses("many")[-1] < losses("many")[0]
+    model = build("mlp", features=(512,))
+    shapes = jax.eval_shape(model.init, jr.key(0), jnp.zeros((1, 8, 8, 1)))
+    _, params, _ = load_model(tmp_path / "many" / "model", model.apply, shapes)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+
+
 @pytest.mark.slow
 def test_workers_train_the_same_model(tmp_path):
     pytest.importorskip("ray")
@@ -253,6 +273,8 @@ def test_workers_train_the_same_model(tmp_path):
     assert found[-1]["test_accuracy"] > 0.8
     again, _ = finish(start(*TINY, *options, "--resume"))
     assert "nothing to do" in again
+    _, err = finish(start(*TINY, *options, "--steps", 90, "--resume"), 2)
+    assert err.startswith("error: ") and "steps" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -375,6 +397,9 @@ def test_what_cannot_run_is_one_line_and_leaves_nothing_behind(tmp_path, capsys)
         (("--batch-size", 8000), "batch_size is 8000 and digits/train has 1437"),
         (("--steps", 0), "--steps is 1 or more, got 0"),
         (("--accumulate", 3), "16 examples (of a device, with per_device) do not into"),
+        (("--fsdp", 3), "fsdp(3) = 3 does not divide the 8 devices"),
+        (("--fsdp", 8, *TINY), "no weight can be split among 8 devices"),
+        (("--tensor", 2, "--accumulate", 2), "but --fsdp is 1, --tensor 2 and"),
         (("--workers", -1), "--workers is 0 or more, got -1"),
         (("--workers", 2, "--dtype", "float16"), "Use bfloat16, no --eval-every"),
         (("--staleness", 2), "--staleness bounds how far --workers drift apart, got 2"),

@@ -71,6 +71,11 @@ def main(folder):
             jax.tree.leaves(state.params), jax.tree.leaves(same.params), strict=True
         )
     ]
+    # What is wrong with a checkpoint is said.
+    try:
+        Asynchronous(problem, steps=STEPS + 1, workers=1, folder=folder).wait()
+    except ValueError as error:
+        wrong = str(error)
     print(
         json.dumps(
             {
@@ -80,6 +85,7 @@ def main(folder):
                 "staleness": max(a.staleness for a in run.log),
                 "step": int(state.step),
                 "finite": finite,
+                "wrong": wrong,
                 "again": [len(again.log), all(jax.tree.leaves(equal))],
             }
         )

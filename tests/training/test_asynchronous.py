@@ -30,3 +30,4 @@ def test_workers_may_die_and_stop_and_come(tmp_path):
     assert said["staleness"] <= 6
     assert said["step"] == 80 and said["finite"]
     assert said["again"] == [0, True]
+    assert "[80]" in said["wrong"] and "[81]" in said["wrong"]

@@ -6,6 +6,11 @@ import pytest
 
 from jaxeff.training.watchdog import TRY_AGAIN, Watchdog
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_some_steps_may_take_longer[one that is seldom]",
+}
+
 PROGRAM = """
 import time
 from jaxeff.training.watchdog import Watchdog
