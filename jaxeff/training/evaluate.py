@@ -1,7 +1,7 @@
 """Accuracy of a function on a data set, counted exactly."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -41,15 +41,36 @@ def accuracy(
     n = len(dataset)
     if to is None:
         batch_size = min(batch_size, n)  # with a sharding it has to divide as given
-    counts = []
-    for first in range(0, n, batch_size):
-        # Beyond the end: the last image again, masked out.
-        rows = np.minimum(np.arange(first, first + batch_size), n - 1)
-        real = np.arange(first, first + batch_size) < n
-        batch = (dataset.images[rows], dataset.labels[rows], real)
-        batch = batch if to is None else jax.device_put(batch, to)
-        counts.append(_count_correct(fn, params, *batch))
-    return sum(int(c) for c in counts) / n
+
+    def counts() -> Iterator[Array]:
+        for first in range(0, n, batch_size):
+            # Beyond the end: the last image again, masked out.
+            rows = np.minimum(np.arange(first, first + batch_size), n - 1)
+            real = np.arange(first, first + batch_size) < n
+            batch = (dataset.images[rows], dataset.labels[rows], real)
+            batch = batch if to is None else jax.device_put(batch, to)
+            yield _count_correct(fn, params, *batch)
+
+    return int(sum(one_behind(counts()))) / n
+
+
+def one_behind(results: Iterable[Array]) -> Iterator[float]:
+    """Reads each result while the next is computed.
+
+    A device then never waits for the host, nor do batches pile up on it. On CPU
+    devices, programs queued without end starve each other of threads, and XLA ends
+    the process when devices have not met within 40 s.
+
+    Args:
+        results: numbers, each computed (asynchronously) when it is asked for.
+    """
+    before = None
+    for result in results:
+        if before is not None:
+            yield before.item()
+        before = result
+    if before is not None:
+        yield before.item()
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -5,7 +5,7 @@ model sees all but the last and predicts all but the first.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int, Integer, PyTree
 
 from .classifier import TrainFn
+from .evaluate import one_behind
 from .step import Aux, Loss
 
 
@@ -72,15 +73,17 @@ def nats_per_token(
             f"but there are {len(tokens)} tokens and batch_size is {batch_size}. "
             "Choose a shorter length or a longer text."
         )
-    sums = []
-    for first in range(0, n, batch_size):
-        at = np.arange(first, first + batch_size)
-        # Beyond the end: the last window again, with weight 0.
-        starts = np.minimum(at, n - 1)[:, None] * length
-        batch = tokens[starts + np.arange(length + 1)[None]].astype(np.int32)
-        real = (at < n).astype(np.float32)
-        sums.append(_sum_nats(fn, params, *jax.device_put((batch, real), to)))
-    return sum(float(s) for s in sums) / (n * length)
+
+    def sums() -> Iterator[Array]:
+        for first in range(0, n, batch_size):
+            at = np.arange(first, first + batch_size)
+            # Beyond the end: the last window again, with weight 0.
+            starts = np.minimum(at, n - 1)[:, None] * length
+            batch = tokens[starts + np.arange(length + 1)[None]].astype(np.int32)
+            real = (at < n).astype(np.float32)
+            yield _sum_nats(fn, params, *jax.device_put((batch, real), to))
+
+    return sum(one_behind(sums())) / (n * length)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -8,6 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from jaxeff.data import digits
 from jaxeff.training import accuracy
+from jaxeff.training.evaluate import one_behind
 
 
 def read_off(params, images):
@@ -51,3 +52,12 @@ def test_a_second_evaluation_compiles_nothing(marked):
 def test_an_empty_batch_is_an_error(marked):
     with pytest.raises(ValueError, match="at least 1, got 0"):
         accuracy(read_off, 0, marked, 0)
+
+
+def test_one_result_is_computed_while_the_one_before_is_read():
+    asked = []
+    numbers = (asked.append(n) or jnp.float32(n) for n in range(5))
+    for n, read in enumerate(one_behind(numbers)):
+        assert read == n
+        assert len(asked) == min(n + 2, 5)
+    assert list(one_behind(())) == []
