@@ -14,8 +14,8 @@ import pytest
 # Before any backend starts. Sharding can then be tested on any machine.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# On a busy machine devices that wait for each other may take more than XLA's 40 s, after
-# which it ends the process. Programs that tests start inherit it.
+# On a busy machine devices may wait for each other longer than the 40 s after which XLA
+# ends the process. Programs that tests start inherit it.
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE}"
 
