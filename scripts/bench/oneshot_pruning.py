@@ -36,6 +36,7 @@ METHODS: dict[str, Callable] = {
     "wanda, by layer": functools.partial(pruning.wanda, compare="layer"),
     "sparsegpt": pruning.sparsegpt,
 }
+SPARSITIES: tuple[float | str, ...] = (0.5, 0.7, "2:4")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,7 @@ def language(c: Config) -> dict[str, dict[str, Any]]:
         ]
         rows = {
             str(sparsity): compare(fn, params, batches, sparsity, score)
-            for sparsity in (0.5, 0.7, "2:4")
+            for sparsity in SPARSITIES
         }
         out[name] = {"dense": dense, "rows": rows}
     return out
@@ -127,7 +128,7 @@ def images(c: Config) -> dict[str, Any]:
     print(f"resnet20: dense {dense:.4f}")
     rows = {
         str(sparsity): compare(fn, params, batches, sparsity, score)
-        for sparsity in (0.5, 0.7, "2:4")
+        for sparsity in SPARSITIES
     }
     return {"dense": dense, "rows": rows}
 
