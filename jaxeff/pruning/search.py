@@ -40,18 +40,12 @@ def search(
         selected: for an amount in [0, 1] what is removed; 1 is the most.
         larger: of a selection those where one coupling gets something back, by its
             name, the most welcome first.
-        budgets: all have to be met.
+        budgets: all have to be met; told apart by name.
 
     Raises:
-        ValueError: two budgets have one name, the whole model meets every `at_most`
-            already, or no amount meets all budgets.
+        ValueError: the whole model meets every `at_most` already, or no amount meets
+            all budgets.
     """
-    names = [b.name for b in budgets]
-    if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise ValueError(
-            "budgets are told apart by name, but more than one is called "
-            f"{', '.join(map(repr, twice))}. Rename one."
-        )
     tried = _Tried(fn, params, args, selected, budgets)
     costs = [b for b in budgets if b.at_most is not None]
     if costs:

@@ -246,13 +246,19 @@ def as_budgets(given: Budgets) -> tuple[Budget, ...]:
     """One budget or several, as several.
 
     Raises:
-        ValueError: something else is among them.
+        ValueError: something else is among them, or two have one name.
     """
     budgets = (given,) if not isinstance(given, Sequence) else tuple(given)
     if wrong := [b for b in budgets if not isinstance(b, Budget)]:
         raise ValueError(
             f"a budget is a figure with its limit, got {wrong[0]!r}: write "
             "pruning.flops(0.5), pruning.parameters(0.5) or a pruning.Budget."
+        )
+    names = [b.name for b in budgets]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise ValueError(
+            "budgets are told apart by name, but more than one is called "
+            f"{', '.join(map(repr, twice))}. Rename one."
         )
     return budgets
 

@@ -1,4 +1,5 @@
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
@@ -76,6 +77,15 @@ def test_axes_that_do_not_divide_by_the_slices_are_an_error(shape):
 def test_chips_that_are_not_there_make_a_mesh(tpus):
     mesh = make_mesh(fsdp=4, tensor=2, devices=tpus("v5e:2x4"))
     assert mesh.size == 8 and {d.platform for d in mesh.devices.flat} == {"tpu"}
+
+
+def test_axes_may_share_one_of_the_torus(tpus):
+    mesh = make_mesh(fsdp=32, tensor=8, devices=tpus("v6e:16x16"))
+    assert len(set(mesh.devices.flat)) == 256
+    for group in mesh.devices.reshape(32, 8):
+        # Eight neighbours: in a box of eight chips.
+        coords = np.array([d.coords for d in group])
+        assert np.prod(np.ptp(coords, axis=0) + 1) == 8
 
 
 def test_a_topology_that_no_compiler_here_knows_is_an_error():
