@@ -224,10 +224,16 @@ def _factor_run(run: list[Dim], minor: int) -> tuple[Dim, Dim] | None:
     return (Dim(1), whole) if whole.size == minor else None
 
 
-def unite(a: Dim, b: Dim, reason: Callable[[], str]) -> Dim:
+# A dim that is one with itself, shifted, falls into one piece for each shift that it
+# holds: 2047 of a text whose every token meets the next. Nobody removes from these.
+DEEPEST = 32
+
+
+def unite(a: Dim, b: Dim, reason: Callable[[], str], depth: int = 0) -> Dim:
     """Says that index i of `a` is index i of `b`, for every i.
 
-    `reason` says why both are fixed, should their structures not fit together.
+    `reason` says why both are fixed, should their structures not fit together; or
+    take more than `DEEPEST` cuts within cuts, of which `depth` are done.
     """
     a, b = find(a), find(b)
     if a is b:
@@ -237,7 +243,7 @@ def unite(a: Dim, b: Dim, reason: Callable[[], str]) -> Dim:
         a, b = b, a
     if a.kind == "atom":
         _unite_atom(a, b)
-    elif not _align(a, b, reason):
+    elif depth > DEEPEST or not _align(a, b, reason, depth + 1):
         fix(a, reason)
         fix(b, reason)
         return b
@@ -264,40 +270,40 @@ def _unite_atom(a: Dim, b: Dim) -> None:
         fix(b, a.reason, a.inexact)
 
 
-def _align(a: Dim, b: Dim, reason: Callable[[], str]) -> bool:
+def _align(a: Dim, b: Dim, reason: Callable[[], str], depth: int) -> bool:
     """Unites two compound dims part by part; False if their cuts do not fit."""
     if a.kind == "prod" and b.kind == "prod":
-        return _align_products(a, b, reason)
+        return _align_products(a, b, reason, depth)
     if a.kind == "prod":
         a, b = b, a
-    return _align_concats(a, b, reason)
+    return _align_concats(a, b, reason, depth)
 
 
-def _align_concats(a: Dim, b: Dim, reason: Callable[[], str]) -> bool:
+def _align_concats(a: Dim, b: Dim, reason: Callable[[], str], depth: int) -> bool:
     if b.kind == "prod":
         inner = math.prod(p.size for p in b.parts[1:])
         if any(part.size % inner for part in a.parts):
             # Cuts inside a factor, at the same places each time: (2, x + y) is
             # x + y + x + y.
-            return _align_products(a, b, reason)
+            return _align_products(a, b, reason, depth)
     rest = b
     for part in a.parts:
         halves = cut(rest, part.size)
         if halves is None:
             return False
-        unite(part, halves[0], reason)
+        unite(part, halves[0], reason, depth)
         rest = halves[1]
     return True
 
 
-def _align_products(a: Dim, b: Dim, reason: Callable[[], str]) -> bool:
+def _align_products(a: Dim, b: Dim, reason: Callable[[], str], depth: int) -> bool:
     rest_a, rest_b = a, b
     while rest_a.size > 1:
         minor = min(_last(rest_a).size, _last(rest_b).size)
         cut_a, cut_b = factor(rest_a, minor), factor(rest_b, minor)
         if cut_a is None or cut_b is None:
             return False
-        unite(cut_a[1], cut_b[1], reason)
+        unite(cut_a[1], cut_b[1], reason, depth)
         rest_a, rest_b = find(cut_a[0]), find(cut_b[0])
     return True
 

@@ -274,3 +274,13 @@ def test_a_size_reaches_all_that_is_united_with_it():
     unite(c, a, WHY)
     assert new_size(b) == new_size(product([Dim(3), b])) // 3 == 2
     assert math.prod(map(new_size, (a, b, c))) == 8
+
+
+@pytest.mark.parametrize("size", [40, 5000])
+def test_a_dim_that_is_one_with_itself_shifted_stays_whole(size):
+    whole = Dim(size)
+    unite(cut(whole, size - 1)[0], cut(whole, 1)[1], WHY)
+    assert all(a.reason is not None for a in atoms(whole))
+    # Each of its indices is not looked at.
+    assert len(list(atoms(whole))) < 100
+    assert sum(a.size for a in atoms(whole)) == size
