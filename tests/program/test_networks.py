@@ -60,7 +60,10 @@ def check(steps, seed, gradient=False):
         assert distance(jit(small_fn)(small, *args), want) < 1e-9, couplings
     if gradient:
         loss = lambda fn: lambda params: jnp.sum(jnp.sin(fn(params, *args)))
-        want = keep_indices(jit(jax.grad(loss(fn)))(full), couplings, keep)
+        try:
+            want = keep_indices(jit(jax.grad(loss(fn)))(full), couplings, keep)
+        except NotImplementedError:  # JAX has none of `nextafter`
+            return 0
         if all(np.isfinite(g).all() for g in jax.tree.leaves(want)):
             got = jit(jax.grad(loss(small_fn)))(small)
             assert distance(got, want) < 1e-6, couplings
