@@ -848,3 +848,24 @@ def test_analysis_of_what_is_already_shrunk_is_of_the_small_sizes():
     assert small_fn.fn is fn and isinstance(small_fn, type(resize(fn, small_fn.plan)))
     again = trace(small_fn, small, X).couplings
     assert 3 in {c.size for c in again.free}
+
+
+def test_a_long_text_that_meets_its_next_token_is_analysed():
+    """Position i with token i + 1, where both have the length of one weight."""
+
+    def loss(params, tokens):
+        x = params["words"][tokens] + params["positions"][None]
+        logits = jnp.tanh(x) @ params["head"]
+        picked = tokens[:, 1:, None] == jnp.arange(50)[None, None]
+        return jnp.where(picked, logits[:, :-1], 0).sum()
+
+    weights = {
+        "words": shape(50, 16),
+        "positions": shape(2048, 16),
+        "head": shape(16, 50),
+    }
+    tokens = shape(2, 2048, dtype=jnp.int32)
+    couplings = trace(loss, weights, tokens).couplings
+    by_weight = {m: c for c in couplings for m in c.members}
+    assert not by_weight["head", 0].frozen
+    assert by_weight["positions", 0].frozen
