@@ -55,6 +55,7 @@ class Config:
     """Of a chip, in GB."""
     plans: tuple[str, ...] = (
         "fsdp=256",
+        "fsdp=64,tensor=4",
         "fsdp=32,tensor=8",
         "pipe=4,fsdp=8,tensor=8",
     )
