@@ -68,11 +68,31 @@ class Task(NamedTuple):
         format: for it.
         place: of the part in the weight.
         weight: all of it, as it was.
+        scales: of the window.
+        done: for each block of the window whether its scale is settled: a part
+            before this one was rounded with it.
     """
 
     format: Format
     place: Place
     weight: Array
+    scales: Scales
+    done: Array
+
+    def fit(self, method: str, importance: Array) -> Scales:
+        """The scales of the window, settled ones as they are."""
+        known = self.scales
+        new = self.place.fit(
+            self.weight, self.format, method, importance, outer=known.outer
+        )
+
+        def pick(new: Array, old: Array) -> Array:
+            # JAX selects among numbers of 8 bits by way of wider ones.
+            wide = (x.astype(jnp.float32) for x in (old, new))
+            return jnp.where(self.done, *wide).astype(new.dtype)
+
+        zero = None if new.zero is None else pick(new.zero, known.zero)
+        return Scales(pick(new.scale, known.scale), known.outer, zero)
 
     def rounded(
         self,
@@ -86,7 +106,7 @@ class Task(NamedTuple):
         For "mse" each input counts by its mean square.
         """
         squares = jnp.diagonal(h, axis1=1, axis2=2)[:, None]
-        found = self.place.fit(self.weight, self.format, fit, squares)
+        found = self.fit(fit, squares)
         zero = found.zero
         if zero is not None:
             zero = self.place.matrices(zero).astype(jnp.float32)
@@ -174,6 +194,7 @@ class Fitting:
         self.choices, self.weights = choices, weights
         self.fit, self.job, self.log, self.importance = fit, job, log, importance
         self.scales: dict[str, Scales] = {}
+        self.done: dict[str, Array] = {}  # for each scale whether a part has it
         self.codings: dict[str, Coding] = {}
 
     def update(self, part: Part, w: Array, h: Any) -> tuple[Array, dict[str, Array]]:
@@ -198,6 +219,12 @@ class Fitting:
             # Scales of 8 bits are exact in float32, which any file can hold.
             held = {k: x for k, x in found._asdict().items() if x is not None}
             beside = {name: x.astype(jnp.float32) for name, x in held.items()}
+        if not jnp.isfinite(new).all():
+            raise ValueError(
+                f"{self.job.name} gave {part.path} numbers that are not finite, from "
+                f"weights that are: x^T x of its {w.shape[-1]} inputs has no inverse. "
+                "Give more data, or for GPTQ more damping (0.01 in the paper)."
+            )
         off = errors(old, new, h)
         self._tell(part, *map(float, off))
         return new, {**beside, "errors": jnp.stack(off)}
@@ -246,11 +273,19 @@ class Fitting:
         weight = jnp.asarray(self.weights[part.path])
         shared = format.blocks(weight.shape, c.contract, c.batch)
         if part.path not in self.scales:
-            self.scales[part.path] = scaling.fit(weight, format, shared, c.batch)
-        return Task(format, place(part, weight.shape, shared, c.batch), weight)
+            first = scaling.fit(weight, format, shared, c.batch)
+            self.scales[part.path] = first
+            self.done[part.path] = jnp.zeros(first.scale.shape, bool)
+        at = place(part, weight.shape, shared, c.batch)
+        known, done = at.inside((self.scales[part.path], self.done[part.path]))
+        return Task(format, at, weight, known, done)
 
     def _put(self, part: Part, task: Task, found: Scales) -> None:
-        self.scales[part.path] = task.place.put(self.scales[part.path], found)
+        path, at = part.path, task.place
+        self.scales[path] = at.put(self.scales[path], found)
+        done = self.done[path]
+        ours = at.ours.reshape(done[at.index].shape)
+        self.done[path] = done.at[at.index].set(done[at.index] | ours)
 
 
 def _with(weight: Array, part: Part, w: Array) -> Array:

@@ -50,11 +50,17 @@ class Format:
     range: str | float | None = None
 
     def __post_init__(self):
+        if not isinstance(self.grid, Grid):
+            raise ValueError(
+                f"a format is made of a grid, such as Linear(4) or Logarithmic(4), got "
+                f"{self.grid!r}. Formats with a name are there already: "
+                "`quantization.int4`."
+            )
         for name, n in (("group", self.group), ("block of outputs", self.outputs)):
-            if n is not None and n < 1:
+            if n is not None and (not isinstance(n, int) or n < 1):
                 raise ValueError(
-                    f"a {name} holds at least 1 weight, got {n}. Leave it out for one "
-                    "scale per output channel."
+                    f"a {name} holds at least 1 weight, got {n!r}. Write a whole "
+                    "number, or leave it out for one scale per output channel."
                 )
         if self.scale not in SCALES:
             raise ValueError(
@@ -66,6 +72,11 @@ class Format:
                 f"{self.grid.name}. Choose a symmetric format."
             )
         if self.activations is not None:
+            if not isinstance(self.activations, str):
+                raise ValueError(
+                    "activations are rounded to a grid that is given by its name, "
+                    f'"int8" or "e4m3", got {self.activations!r}.'
+                )
             grid = named(self.activations)
             if grid.has_zero_point or not isinstance(grid, Linear | Native):
                 raise ValueError(
@@ -78,7 +89,7 @@ class Format:
                 "rounded to as well, `with_activations('int8', range=...)`."
             )
         known = self.range is None or self.range in RANGES
-        number = isinstance(self.range, int | float) and 0 < self.range <= 100
+        number = type(self.range) in (int, float) and 0 < self.range <= 100
         if not known and not number:
             raise ValueError(
                 f"a range is found by one of {', '.join(RANGES)}, or is a percentile "
@@ -149,11 +160,11 @@ class Format:
 
 
 def product_name(grid: Grid, activations: str | None, *, static: bool = False) -> str:
-    """`int4`, or `w4a8` where activations are rounded too."""
+    """`int4`, or `w4a8` where activations are rounded too; else `uint4 x int8`."""
     if activations is None:
         return grid.name
     other = named(activations)
-    both = isinstance(grid, Linear) and isinstance(other, Linear)
+    both = grid == Linear(grid.bits) and other == Linear(other.bits)
     name = f"w{grid.bits}a{other.bits}" if both else f"{grid.name} x {other.name}"
     return f"{name} static" if static else name
 

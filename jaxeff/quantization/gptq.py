@@ -107,12 +107,19 @@ def gptq_groups(
     # Whole groups to a block, so that all of a group is there when it begins.
     block = -(-min(block, cols) // group) * group
     n = -(-cols // block) * (block // group)
-    alone = lambda part: fit(part, format, (1, group), method=method)
-    begin = jax.eval_shape(alone, w[:, :group])
+    # Of the columns that fill the last block nothing is kept.
+    squares = jnp.pad(jnp.diagonal(h), (0, n * group - cols), constant_values=1.0)
+
+    def alone(part: Array, squares: Array) -> Scales:
+        by = {"importance": squares[None], "method": method}
+        return fit(part, format, (1, group), **by)
+
+    begin = jax.eval_shape(alone, w[:, :group], squares[:group])
     begin = jax.tree.map(lambda x: jnp.ones((rows, n), x.dtype), begin)
 
     def scaled(state, part, k, at):
-        found = alone(jax.lax.dynamic_slice(part, (0, k), (rows, group)))
+        columns = jax.lax.dynamic_slice(part, (0, k), (rows, group))
+        found = alone(columns, jax.lax.dynamic_slice(squares, (at,), (group,)))
         put = lambda all, one: jax.lax.dynamic_update_slice(all, one, (0, at // group))
         return jax.tree.map(put, state, found)
 

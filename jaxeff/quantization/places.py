@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from jaxeff.program import Part
 
@@ -40,7 +40,7 @@ class Place:
     shared: tuple[int, ...]
     batch: tuple[int, ...]
 
-    def array(self, matrices: Float[Array, "..."], fill: float) -> Array:
+    def array(self, matrices: Float[Array, "..."], fill: float | Array) -> Array:
         """The window with those entries, and `fill` elsewhere."""
         matrices = jnp.broadcast_to(matrices, self.at.shape)
         flat = jnp.full(math.prod(self.window), fill, matrices.dtype)
@@ -56,26 +56,47 @@ class Place:
         format: Format,
         method: str,
         importance: Float[Array, "..."] | None = None,
+        outer: Array | None = None,
     ) -> Scales:
         """The scales of the window; those of the part's blocks are right.
 
         Args:
             weight: all of it, as it was.
             format, method: see `scales.fit`.
-            importance: of each entry of the matrices; it may broadcast.
+            importance: of each entry of the matrices; it may broadcast. What shares a
+                scale with them and is of another part counts as they do in the mean.
+            outer: of the window, if it is known.
         """
-        by = None if importance is None else self.array(importance, 0.0)
+        by = None
+        if importance is not None:
+            by = self.array(importance, jnp.mean(importance))
         window = weight[self.index].reshape(self.window)
-        return _fit(window, format, self.shared, self.batch, method, by)
+        return _fit(window, format, self.shared, self.batch, method, by, outer)
+
+    def inside(self, scales: PyTree) -> PyTree:
+        """Of arrays with a number for each block of the weight those of the window."""
+
+        def cut(x: Array) -> Array:
+            mine = x[self.index]
+            return mine.reshape(*[1] * len(self.index), *mine.shape)
+
+        return jax.tree.map(cut, scales)
+
+    @property
+    def ours(self) -> Array:
+        """For each block of the window whether the part has a weight in it."""
+        within = self.array(jnp.ones(()), 0.0)
+        return blocks.total(within, self.shared) > 0
 
     def group_starts(self, group: int) -> np.ndarray | None:
         """The first entry of each group, where groups are runs of a row's columns.
 
         Returns:
-            Its index in the window, (groups, rows, n); None if a block is no run.
+            Its index in the window, (groups, rows, n); None if a block is no run, or
+            reaches into other parts.
         """
         groups, rows, cols = self.at.shape
-        if cols % group:
+        if cols % group or math.prod(self.shared) != group:
             return None
         where = np.unravel_index(self.at, self.window)
         block = [i // n for i, n in zip(where, self.shared, strict=True)]
@@ -114,8 +135,8 @@ class Place:
 
 
 _fit = jax.jit(
-    lambda w, format, shared, batch, method, importance: scaling.fit(
-        w, format, shared, batch, method=method, importance=importance
+    lambda w, format, shared, batch, method, importance, outer: scaling.fit(
+        w, format, shared, batch, method=method, importance=importance, outer=outer
     ),
     static_argnums=(1, 2, 3, 4),
 )

@@ -71,7 +71,8 @@ class Kind(NamedTuple):
 
 def longest_sum(a: Grid, b: Grid) -> int:
     """How many products of two integers 32 bits can sum whatever they are."""
-    return int((2**31 - 1) // (-a.levels[0] * -b.levels[0]))
+    most = [max(map(abs, (g.levels[0], g.levels[-1]))) for g in (a, b)]
+    return int((2**31 - 1) // math.prod(most))
 
 
 def dot(x: Array, w: Factor, kind: Kind, dot: Dot) -> Array:

@@ -9,6 +9,7 @@ Source: Esser et al. 2020 (LSQ), arXiv:1902.08153, section 2.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxeff import tree
 from jaxeff.program import Conv, Dot, is_leaf, Leaf, lift
 from jaxeff.tree import pytree, static
 
@@ -24,7 +26,7 @@ from .arrays import QArray, store
 from .choice import AnyFormat
 from .formats import Format, product_name
 from .grids import Grid, named
-from .quantize import apply, check_formats, choose, Formats
+from .quantize import apply, check_finite, check_formats, choose, Formats
 from .ranges import activation_scales
 from .scales import Scales
 
@@ -38,11 +40,12 @@ class FakeQuantized(Leaf):
     that of a scale is what rounding did to the weights it scales (LSQ, equation 3).
 
     Attributes:
-        w: the weight, not rounded.
+        w: the weight, not rounded; it keeps its dtype where the function casts it.
         scale: of its blocks, as in `QArray`; float32, trained.
         x_scale: of activations, trained; None: they are not rounded, or with a scale
             found as they arrive.
         packed: the dim that codes will lie along, negative.
+        dtype_name: of what `dense()` returns; None: that of `w`.
     """
 
     w: Float[Array, "..."]
@@ -51,6 +54,7 @@ class FakeQuantized(Leaf):
     grid: str = static(default="int8")
     activations: str | None = static(default=None)
     packed: int | None = static(default=None)
+    dtype_name: str | None = static(default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,7 +64,7 @@ class FakeQuantized(Leaf):
     @property
     def dtype(self) -> Any:
         """Of the weight."""
-        return self.w.dtype
+        return jnp.dtype(self.dtype_name or self.w.dtype)
 
     @property
     def format(self) -> str:
@@ -78,7 +82,8 @@ class FakeQuantized(Leaf):
         """The same in another dtype."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return NotImplemented
-        return dataclasses.replace(self, w=self.w.astype(dtype))
+        # Rounded first and cast then, as what `convert` stores is.
+        return dataclasses.replace(self, dtype_name=jnp.dtype(dtype).name)
 
     def _changed(self, change: Callable[[Array, bool], Array]) -> "FakeQuantized":
         x_scale = None if self.x_scale is None else change(self.x_scale, False)
@@ -105,28 +110,39 @@ class FakeQuantized(Leaf):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return NotImplemented
         pairs = dict(zip(dot.dims.w_batch, dot.dims.x_batch, strict=True))
-        x = self._input(x, dot.dims.x_contract, pairs)
+        # As many scales along a dim that is summed as the weight has.
+        among = zip(dot.dims.x_contract, dot.dims.w_contract, strict=True)
+        sizes = {d: x.shape[d] // self.scale.shape[w] for d, w in among}
+        x = self._input(x, sizes, pairs)
         return dot(x, self.dense().astype(jnp.promote_types(x.dtype, self.dtype)))
 
     def conv(self, x: Array, conv: Conv) -> Any:
         """`conv(x, self.dense())`, `x` rounded first where the format says so."""
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return NotImplemented
-        x = self._input(x, [d for d in range(x.ndim) if d != conv.x_batch_dim], {})
+        sizes = {d: n for d, n in enumerate(x.shape) if d != conv.x_batch_dim}
+        x = self._input(x, sizes, {})
         return conv(x, self.dense().astype(jnp.promote_types(x.dtype, self.dtype)))
 
-    def _input(self, x: Array, shared: Sequence[int], pairs: dict[int, int]) -> Array:
-        """`x` rounded, with its dtype."""
+    def _input(self, x: Array, sizes: dict[int, int], pairs: dict[int, int]) -> Array:
+        """`x` rounded, with its dtype.
+
+        Args:
+            x: what meets the weight.
+            sizes: for each dim that is summed how many neighbours share a scale.
+            pairs: batch dims of the weight, and which of `x` they are.
+        """
         if self.activations is None:
             return x
         grid = named(self.activations)
         if self.x_scale is None:
-            sizes = [n if d in shared else 1 for d, n in enumerate(x.shape)]
-            top = jax.lax.stop_gradient(blocks.absmax(x, sizes))
+            shared = [sizes.get(d, 1) for d in range(x.ndim)]
+            top = jax.lax.stop_gradient(blocks.absmax(x, shared))
             scale = scaling.step(top, grid.largest)
         else:
             scale = blocks.at_batch(self.x_scale, pairs, x.ndim)
-        per_scale = x.size / max(1, scale.size)
+        # Features of one example, however many there are.
+        per_scale = math.prod(x.shape[d] for d in sizes)
         return rounded(x, scale, grid, per_scale).astype(x.dtype)
 
 
@@ -134,7 +150,7 @@ def rounded(
     x: Float[Array, "..."],
     scale: Float[Array, "..."],
     grid: Grid,
-    per_scale: float,
+    per_scale: int | float,
 ) -> Float[Array, "..."]:
     """The nearest numbers of the grid times `scale`, with LSQ's derivatives.
 
@@ -229,22 +245,25 @@ def convert(params: PyTree) -> PyTree:
         params: with leaves of `fake_quantize`; others stay.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or training made a number of one NaN.
     """
     found = 0
 
-    def stored(x: Any) -> Any:
+    def stored(path: Any, x: Any) -> Any:
         nonlocal found
         if not isinstance(x, FakeQuantized):
             return x
         found += 1
+        for array in (x.w, x.scale, x.x_scale):
+            if array is not None:
+                check_finite(tree.path_name(path), array)
         format = Format(named(x.grid), activations=x.activations)
         along = None if x.packed is None else x.packed + x.ndim
         others = [d for d in range(x.ndim) if d != along]
         x_scale = None if x.x_scale is None else positive(x.x_scale)
         return store(x.w, format, Scales(positive(x.scale)), others, x_scale)
 
-    new = jax.tree.map(stored, params, is_leaf=is_leaf)
+    new = jax.tree_util.tree_map_with_path(stored, params, is_leaf=is_leaf)
     if not found:
         raise ValueError(
             "none of the weights is trained to be rounded: make them so with "

@@ -161,9 +161,6 @@ def round_weight(
         x: the weight.
         choice: with a format.
         fit, scales, importance: as for `apply`, for this one.
-
-    Raises:
-        ValueError: it is not finite.
     """
     c, format = choice, choice.format
     if isinstance(format, Codebook):
@@ -174,11 +171,10 @@ def round_weight(
         round_it = lambda w: _round(w, format, c.contract, c.batch, fit, importance)
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.eval_shape(round_it, x)
-    _check_finite(c.path, x)
     return round_it(x)
 
 
-def _check_finite(path: str, x: Any) -> None:
+def check_finite(path: str, x: Any) -> None:
     """Refuses NaN and infinities, where the numbers are there to be seen."""
     if isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer):
         return
@@ -208,7 +204,11 @@ _learn = jax.jit(
 def choose(
     fn: Callable, params: PyTree, args: tuple, formats: Formats | None
 ) -> list[Choice]:
-    """What becomes of each array among the weights; see `quantize`."""
+    """What becomes of each array among the weights; see `quantize`.
+
+    Raises:
+        ValueError: as `quantize`, but for what its data are.
+    """
     arrays = tree.paths(params, is_quantized)
     weights = _weights(params, arrays)
     uses: dict[str, list[Site]] = {path: [] for path in arrays}
@@ -224,12 +224,16 @@ def choose(
             raise ValueError(_nothing_to_quantize(reasons))
     else:
         asked = _asked(formats, weights, reasons)
-    return [
+    choices = [
         _choice(p, weights[p], asked.get(p), reasons[p], arrays[p], uses[p])
         if p in asked
         else Choice(p, weights[p], None, reasons[p] or "no pattern matches it")
         for p in arrays
     ]
+    for c in choices:
+        if c.format is not None:
+            check_finite(c.path, arrays[c.path])
+    return choices
 
 
 def is_quantized(x: Any) -> bool:
@@ -333,6 +337,7 @@ def _check(fmt: AnyFormat, uses: list[Site], shape: tuple[int, ...]) -> None:
         isinstance(grid, Linear)
         and isinstance(fmt, Format)
         and isinstance(fmt.grid, Linear)
+        and fmt.grid.symmetric  # else activations are rounded, but sums are of floats
     ):
         limit = longest_sum(fmt.grid, grid)
         if longest > limit:

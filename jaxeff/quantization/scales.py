@@ -37,6 +37,7 @@ def fit(
     *,
     method: str = "absmax",
     importance: Float[Array, "..."] | None = None,
+    outer: Float[Array, "..."] | None = None,
 ) -> Scales:
     """The scales of a weight.
 
@@ -54,14 +55,16 @@ def fit(
             that, no longer an integer, makes the error small but for a few weights.
         importance: for "mse", what each squared error is multiplied with; of a
             shape that broadcasts to the weight's.
+        outer: for scales under one float32: that number, if it is known.
     """
     w = w.astype(jnp.float32)
     low, high = blocks.ends(w, shared)
     if format.scale == "none":
         return Scales(jnp.where(jnp.isfinite(low + high), 1.0, jnp.nan))
     whole = [1 if d in batch else n for d, n in enumerate(w.shape)]
-    largest = blocks.absmax(w, whole)
-    at = lambda part: _stored(low * part, high * part, format, largest)
+    if outer is None and format.scale == "e4m3":
+        outer = _outer(blocks.absmax(w, whole), format.grid)
+    at = lambda part: _stored(low * part, high * part, format, outer)
     if method == "absmax":
         return at(1.0)
     if method == "hqq":
@@ -143,13 +146,21 @@ def _half_quadratic(
     return Scales(start.scale, zero=best.astype(jnp.float16))
 
 
-def _stored(low: Array, high: Array, format: Format, largest: Array) -> Scales:
+_E4M3 = jnp.finfo(jnp.float8_e4m3fn)
+
+
+def _outer(largest: Array, grid: Grid) -> Array:
+    """The number for the whole weight under which scales of e4m3 reach far enough."""
+    return step(largest, grid.largest * float(_E4M3.max))
+
+
+def _stored(low: Array, high: Array, format: Format, outer: Array | None) -> Scales:
     """The scales with which blocks of those ends just fit the grid.
 
     Args:
         low, high: of each block, at most 0 and at least 0.
         format: of which the grid and the kind of scale count.
-        largest: magnitude of the whole weight, for scales under one float32.
+        outer: for scales under one float32: that number.
     """
     grid = format.grid
     absmax = jnp.maximum(-low, high)
@@ -171,11 +182,10 @@ def _stored(low: Array, high: Array, format: Format, largest: Array) -> Scales:
         scale = jnp.where(absmax > 0, scale, 1)
         scale = jnp.where(jnp.isfinite(absmax), scale, jnp.nan)
         return Scales(scale.astype(jnp.float8_e8m0fnu))
-    top = float(jnp.finfo(jnp.float8_e4m3fn).max)
-    outer = step(largest, grid.largest * top)
+    assert outer is not None
     inner = absmax / grid.largest / blocks.expand(outer, absmax.shape)
     # Not 0 where there are weights: the smallest number of e4m3 instead.
-    inner = jnp.clip(inner, float(jnp.finfo(jnp.float8_e4m3fn).smallest_subnormal), top)
+    inner = jnp.clip(inner, float(_E4M3.smallest_subnormal), float(_E4M3.max))
     return Scales(jnp.where(absmax == 0, 1, inner).astype(jnp.float8_e4m3fn), outer)
 
 

@@ -10,6 +10,7 @@ from jaxeff.program import dense, is_leaf
 from jaxeff.quantization import (
     adaround,
     Codebook,
+    fitting,
     gptq,
     int4,
     int8,
@@ -144,6 +145,40 @@ def test_parts_of_a_fused_weight_keep_the_scales_of_their_own():
     np.testing.assert_array_equal(whole["w"].dense(), parts["w"].dense())
 
 
+def halves(params, x):
+    """One kernel, cut along its inputs or its outputs: the parts share scales."""
+    n = len(params["rows"]) // 2
+    h = jnp.tanh(x @ params["rows"][:n] + (3 * x**3) @ params["rows"][n:])
+    a, b = jnp.split(params["columns"], 2, axis=1)
+    return h @ a + (h**3) @ b
+
+
+@pytest.mark.parametrize("drift", [False, True])
+@pytest.mark.parametrize("fmt", [int4, int4.per_tensor(), nvfp4], ids=lambda f: f.name)
+def test_what_is_stored_is_what_was_fitted_where_parts_share_scales(
+    fmt, drift, monkeypatch
+):
+    rng = np.random.default_rng(0)
+    draw = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)
+    # The parts that come later have smaller weights, or larger ones.
+    sizes = jnp.where(jnp.arange(32) < 16, 1.0, 0.2)[:, None]
+    x = draw(64, 16)
+    params = {"rows": draw(32, 16) * sizes, "columns": (draw(32, 16) / sizes).T}
+    fitted, update = [], fitting.Fitting.update
+
+    def seen(self, part, w, h):
+        new = update(self, part, w, h)
+        fitted.append((part, new[0]))
+        return new
+
+    monkeypatch.setattr(fitting.Fitting, "update", seen)
+    _, q = gptq(halves, params, x, batches=[(x,)], formats=fmt, drift=drift)
+    assert len(fitted) == 4
+    for part, new in fitted:
+        stored = q[part.path].dense().reshape(-1)[part.elements]
+        np.testing.assert_allclose(stored, new, rtol=1e-5, atol=1e-6)
+
+
 def conv(params, x):
     y = jax.nn.relu(jax.lax.conv(x, params["a"], (1, 1), "SAME"))
     return jax.lax.conv(y, params["b"], (2, 2), "SAME")
@@ -242,6 +277,20 @@ def test_bad_input_is_one_clear_line(name):
     with pytest.raises(ValueError, match=message) as e:
         method(mlp, params, x, **given)
     assert "\n" not in str(e.value)
+
+
+def test_weights_that_are_not_finite_are_told_before_anything_is_fitted(monkeypatch):
+    params, x = make()
+    params["b"] = params["b"].at[3, 4].set(np.nan)
+    monkeypatch.setattr(fitting.Fitting, "update", None)
+    with pytest.raises(ValueError, match="^1 of the 960 numbers of b are NaN"):
+        gptq(mlp, params, x, batches=[(x,)], formats=int4)
+
+
+def test_too_few_data_and_too_little_damping_are_told_as_that():
+    params, x = make()
+    with pytest.raises(ValueError, match="x.T x of its 40 inputs has no inverse"):
+        gptq(mlp, params, x, batches=[(x[:4],)], formats=int4, damping=1e-12)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -31,6 +31,7 @@ NAMES = {
     "int8": int8,
     "w8a8": w8a8,
     "w4a8": w4a8,
+    "uint4 x int8": uint4.with_activations("int8"),
     "w4a8 static (mse)": int4.with_activations("int8", range="mse"),
     "log3 x e4m3": Format(Logarithmic(3)).with_activations("e4m3"),
     "int4 groups of 32": int4.grouped(32),
@@ -71,6 +72,25 @@ def test_a_name_says_all_that_differs(name):
 def test_what_cannot_be_stored_is_one_clear_line(make, message):
     with pytest.raises(ValueError, match=message) as e:
         make()
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"group": "32"}, "at least 1 weight, got '32'"),
+        ({"group": 4.0}, "at least 1 weight, got 4.0"),
+        ({"grid": "int4"}, "made of a grid, .* got 'int4'. Formats with a name"),
+        ({"activations": int4}, 'given by its name, "int8" or'),
+        ({"activations": "int8", "range": True}, "one of minmax"),
+    ],
+)
+def test_what_is_of_another_type_is_one_clear_line(fields, message):
+    # Set by hand, for these tests check the types of every call.
+    fmt = object.__new__(Format)
+    vars(fmt).update(vars(int4) | fields)
+    with pytest.raises(ValueError, match=message) as e:
+        fmt.__post_init__()
     assert "\n" not in str(e.value)
 
 

@@ -87,6 +87,17 @@ def test_groups_are_scaled_when_they_are_reached(fmt, block):
     assert output_error(x, got, w) < 0.8 * output_error(x, nearest, w)
 
 
+def test_groups_that_are_scaled_on_the_way_count_each_input_by_its_square():
+    w, _ = problem()
+    # Inputs that know nothing of each other: no error is made up for.
+    for squares in (jnp.ones(40), 10.0 ** (jnp.arange(40) % 5)):
+        group = lambda w, h: gptq_groups(w, h, format=int3.grouped(8), method="mse")
+        found = jax.jit(group)(w, jnp.diag(squares))[1]
+        by = {"method": "mse", "importance": squares[None]}
+        want = scales.fit(w, int3.grouped(8), (1, 8), **by)
+        np.testing.assert_allclose(found.scale, want.scale, rtol=1e-5)
+
+
 def test_inputs_that_are_always_zero_are_no_trouble():
     w, x = problem()
     x = x.at[:, 5:15].set(0)

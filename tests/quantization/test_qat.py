@@ -24,6 +24,7 @@ from jaxeff.quantization import (
     quantize,
     uint4,
     w4a8,
+    w8a8_fp8,
 )
 from jaxeff.quantization.qat import rounded
 
@@ -126,9 +127,38 @@ def test_activations_are_rounded_with_scales_that_train():
     np.testing.assert_allclose(fn(q, X), fn(p, X), rtol=1e-4, atol=1e-4)
 
 
-def test_dynamic_activations_are_those_of_what_is_stored():
-    fn, p = fake_quantize(mlp, PARAMS, X, formats=w4a8)
+@pytest.mark.parametrize(
+    "fmt", [w4a8, w4a8.grouped(4), w8a8_fp8.grouped(4)], ids=lambda f: f.name
+)
+def test_dynamic_activations_are_those_of_what_is_stored(fmt):
+    fn, p = fake_quantize(mlp, PARAMS, X, formats=fmt)
     np.testing.assert_allclose(fn(convert(p), X), fn(p, X), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_are_cast_are_rounded_first_as_those_that_are_stored_are():
+    half = lambda p, x: x @ p["a"].astype(jnp.bfloat16)
+    x = X.astype(jnp.bfloat16)
+    fn, p = fake_quantize(half, {"a": PARAMS["a"]}, x, formats=int4)
+    assert fn(p, x).dtype == jnp.bfloat16 and p["a"].dtype == jnp.float32
+    cast = p["a"].astype(jnp.bfloat16)
+    assert cast.dtype == cast.dense().dtype == jnp.bfloat16
+    np.testing.assert_array_equal(cast.dense(), convert(p)["a"].dense().astype(x.dtype))
+
+
+def test_how_fast_a_range_trains_does_not_hang_on_the_batch():
+    fmt = int4.with_activations("int4", range="minmax")
+    fn, p = fake_quantize(mlp, PARAMS, X, formats=fmt, batches=[(X / 2,)])
+    loss = lambda p, x: (fn(p, x) ** 2).mean()
+    once, often = (jax.grad(loss)(p, x) for x in (X, jnp.tile(X, (4, 1))))
+    for ours, theirs in zip(*map(jax.tree.leaves, (once, often)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_weight_that_training_lost_is_an_error():
+    _, p = fake_quantize(mlp, PARAMS, X, formats=int4)
+    w = p["b"].w.at[2].set(jnp.nan)
+    with pytest.raises(ValueError, match="8 of the 128 numbers of b are NaN"):
+        convert(p | {"b": dataclasses.replace(p["b"], w=w)})
 
 
 def test_only_floats_train_and_an_optimizer_keeps_all_of_them():

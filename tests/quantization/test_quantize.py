@@ -7,7 +7,16 @@ import pytest
 
 from jaxeff import tree
 from jaxeff.program import dense, is_leaf, lift, lift_report
-from jaxeff.quantization import int4, int8, Linear, QArray, quantize, w8a8
+from jaxeff.quantization import (
+    int4,
+    int8,
+    Linear,
+    QArray,
+    quantize,
+    uint4,
+    uint8,
+    w8a8,
+)
 from jaxeff.quantization.products import longest_sum
 from tests.zoo import ZOO
 
@@ -244,3 +253,16 @@ def test_quantizing_twice_says_that_it_is_done_already(normal, formats):
     fn = lambda p, x: (x @ p["a"]) @ p["b"]
     with pytest.raises(ValueError, match="quantized already.*all formats in one call"):
         quantize(*quantize(fn, params, x), x, formats=formats)
+
+
+def test_weights_with_a_zero_point_meet_rounded_activations(normal):
+    params, x = {"w": normal(64, 8)}, normal(32, 64)
+    fn = lambda p, x: x @ p["w"]
+    off = {}
+    for fmt in (uint8, uint4):
+        rounded = fmt.with_activations("int8")
+        q_fn, q = quantize(fn, params, x, formats=rounded)
+        y, want = q_fn(q, x), fn(params, x)
+        off[fmt] = jnp.linalg.norm(y - want) / jnp.linalg.norm(want)
+    # Half a step of 255 and of 15, and little for the activations.
+    assert off[uint8] < 0.02 and 4 * off[uint8] < off[uint4] < 0.2
