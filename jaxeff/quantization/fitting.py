@@ -88,11 +88,14 @@ class Task(NamedTuple):
 
         def pick(new: Array, old: Array) -> Array:
             # JAX selects among numbers of 8 bits by way of wider ones.
-            wide = (x.astype(jnp.float32) for x in (old, new))
-            return jnp.where(self.done, *wide).astype(new.dtype)
+            old, wide = old.astype(jnp.float32), new.astype(jnp.float32)
+            return jnp.where(self.done, old, wide).astype(new.dtype)
 
-        zero = None if new.zero is None else pick(new.zero, known.zero)
-        return Scales(pick(new.scale, known.scale), known.outer, zero)
+        return Scales(
+            pick(new.scale, known.scale),
+            known.outer,
+            jax.tree.map(pick, new.zero, known.zero),  # if there is one
+        )
 
     def rounded(
         self,

@@ -89,7 +89,8 @@ class Format:
                 "rounded to as well, `with_activations('int8', range=...)`."
             )
         known = self.range is None or self.range in RANGES
-        number = type(self.range) in (int, float) and 0 < self.range <= 100
+        number = isinstance(self.range, int | float) and 0 < self.range <= 100
+        number = number and not isinstance(self.range, bool)
         if not known and not number:
             raise ValueError(
                 f"a range is found by one of {', '.join(RANGES)}, or is a percentile "
