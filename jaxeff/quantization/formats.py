@@ -38,7 +38,7 @@ class Format:
             their largest magnitude; "average": the mean of that over the batches; a
             number: that percentile of their magnitudes; "mse": where they are
             rounded with the least squared error; "entropy": with the least
-            divergence.
+            divergence. Under a range that is known beforehand NaN is rounded to 0.
     """
 
     grid: Grid
