@@ -19,6 +19,7 @@ from .couplings import Coupling as Coupling, Couplings as Couplings
 from .cuts import Cut as Cut, Cuts as Cuts
 from .files import write_file as write_file
 from .functional import functional as functional
+from .given import check_batches as check_batches, check_values as check_values
 from .halves import Halves as Halves, halves as halves
 from .interpret import bind as bind, Interpreter as Interpreter, rebuilt as rebuilt
 from .leaf import (

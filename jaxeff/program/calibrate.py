@@ -25,6 +25,7 @@ from rich.progress import Progress
 
 from jaxeff import tree
 
+from .given import check_batches, check_values
 from .leaf import is_leaf
 from .matrices import data_key, data_matrix
 from .memory import Memory
@@ -94,10 +95,12 @@ def calibrate(
         progress: whether to show a bar, if there is a terminal.
 
     Raises:
-        ValueError: there is no batch, two differ in shape, a weight cannot be
-            calibrated (`find_uses` says why), or a statistic is not finite.
+        ValueError: there is no batch, one is no tuple, two differ in shape, a weight
+            has no values or cannot be calibrated (`find_uses` says why), or a
+            statistic is not finite.
     """
-    given = _checked(batches)
+    given = _alike(check_batches(batches))
+    check_values(params, "calibration")
     uses = _calibrated(fn, params, given[0], weights)
     arrays = lambda: [_arrays(batch) for batch in given]
     other = None
@@ -149,8 +152,9 @@ def change_parts(
         update: as for `calibrate`, without statistics.
 
     Raises:
-        ValueError: a weight has no such form; `find_uses` says why.
+        ValueError: a weight has no values, or no such form; `find_uses` says why.
     """
+    check_values(params, "a change of weights")
     uses = _calibrated(fn, params, args, weights)
     values = dict(uses.weights)
     for use in uses.uses:
@@ -176,19 +180,8 @@ def _calibrated(
     return uses
 
 
-def _checked(batches: Iterable[tuple]) -> list[tuple]:
-    given = list(batches)
-    if not given:
-        raise ValueError(
-            "calibration needs data, got no batch: give `batches=`, an iterable of "
-            "tuples of arguments."
-        )
+def _alike(given: list[tuple]) -> list[tuple]:
     for i, batch in enumerate(given):
-        if not isinstance(batch, tuple):
-            raise ValueError(
-                f"a batch is a tuple of arguments, got a {type(batch).__name__}: write "
-                "`(x,)` where there is only one."
-            )
         if _kinds(batch) != _kinds(given[0]):
             raise ValueError(
                 f"all batches have the same shapes, but batch {i} has "

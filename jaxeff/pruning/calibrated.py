@@ -20,6 +20,7 @@ from jaxeff.program import (
     calibrate,
     Candidate,
     change_parts,
+    check_batches,
     find_uses,
     gram,
     Memory,
@@ -116,7 +117,7 @@ def wanda(
     amount = parse_sparsity(sparsity)
     weights = _chosen(fn, params, args, amount, only)
 
-    given = list(batches)
+    given = check_batches(batches)
     options = ("wanda", str(amount), compare, weights)
     memory = Memory.at(resume, fn, params, given, *options)
 
@@ -174,7 +175,7 @@ def sparsegpt(
         )
     amount = parse_sparsity(sparsity)
     weights = _chosen(fn, params, args, amount, only)
-    given = list(batches)
+    given = check_batches(batches)
     options = ("sparsegpt", str(amount), block, damping, weights)
     memory = Memory.at(resume, fn, params, given, *options)
     prune = lambda w, h: prune_matrix(w, h, amount, block=block, damping=damping)

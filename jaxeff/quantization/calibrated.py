@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from jaxtyping import Array, PyTree
 
+from jaxeff.program import check_batches, check_values
+
 from .adaround import adaround_matrix
 from .fitting import fit_weights, Job, Task, why_unfitted
 from .formats import Format
@@ -86,6 +88,7 @@ def gptq(
     arXiv:2402.15319.
     """
     _check_fit(fit)
+    check_values(params, "gptq")
     if block < 1 or not damping > 0:
         raise ValueError(
             f"block counts columns and damping keeps the inverse finite, so block >= 1 "
@@ -103,7 +106,8 @@ def gptq(
     kept = {**options, "static_groups": static_groups, "drift": drift}
     job = Job("gptq", kept, rounded, encode, damping if drift else None)
     given = {"fit": fit, "resume": resume, "log": log, "progress": progress}
-    return fit_weights(fn, params, args, batches, formats, job, **given)
+    data = check_batches(batches)
+    return fit_weights(fn, params, args, data, formats, job, **given)
 
 
 def adaround(
@@ -140,6 +144,7 @@ def adaround(
     Source: Nagel et al. 2020, arXiv:2004.10568.
     """
     _check_fit(fit)
+    check_values(params, "adaround")
     if steps < 1:
         raise ValueError(f"rounding is learned in 1 step or more, got {steps}.")
 
@@ -150,7 +155,8 @@ def adaround(
     kept = {**options, "drift": drift}
     job = Job("adaround", kept, rounded, drift=_DAMPING if drift else None)
     given = {"fit": fit, "resume": resume, "log": log, "progress": progress}
-    return fit_weights(fn, params, args, batches, formats, job, **given)
+    data = check_batches(batches)
+    return fit_weights(fn, params, args, data, formats, job, **given)
 
 
 def awq(
@@ -189,8 +195,9 @@ def awq(
     if steps < 1:
         raise ValueError(f"1 power or more is tried, got {steps}.")
     check_formats(formats)
+    check_values(params, "awq")
     choices = choose(fn, params, args, formats)
-    given = list(batches)
+    given = check_batches(batches)
     known = {c.path: c.format for c in choices if isinstance(c.format, Format)}
     scaled = rescale_by_error(
         fn, params, args, given, known, steps=steps, fit=fit, progress=progress

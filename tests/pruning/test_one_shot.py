@@ -187,6 +187,15 @@ def test_what_would_do_nothing_is_an_error(method, params, options, message):
         method(mlp, params, X, batches=BATCHES, **options)
 
 
+@pytest.mark.parametrize("method", [wanda, sparsegpt])
+def test_shapes_and_bare_arrays_are_one_clear_line(method, tmp_path):
+    shapes = jax.eval_shape(lambda: PARAMS)
+    with pytest.raises(ValueError, match="needs the values of the weights, but a is"):
+        method(mlp, shapes, X, batches=BATCHES)
+    with pytest.raises(ValueError, match="a batch is a tuple of arguments"):
+        method(mlp, PARAMS, X, batches=iter([BATCHES[0][0]]), resume=tmp_path)
+
+
 @pytest.mark.parametrize("options", [{"block": 0}, {"damping": 0.0}], ids=str)
 def test_sparsegpt_refuses_what_has_no_meaning(options):
     with pytest.raises(ValueError, match="block >= 1 and damping > 0"):

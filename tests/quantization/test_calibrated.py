@@ -9,6 +9,7 @@ from jaxeff import tree
 from jaxeff.program import dense, is_leaf
 from jaxeff.quantization import (
     adaround,
+    awq,
     Codebook,
     fitting,
     gptq,
@@ -291,6 +292,19 @@ def test_too_few_data_and_too_little_damping_are_told_as_that():
     params, x = make()
     with pytest.raises(ValueError, match="x.T x of its 40 inputs has no inverse"):
         gptq(mlp, params, x, batches=[(x[:4],)], formats=int4, damping=1e-12)
+
+
+@pytest.mark.parametrize("method", [gptq, adaround, awq])
+def test_shapes_and_bare_arrays_are_one_clear_line(method, tmp_path):
+    params, x = make()
+    shapes = jax.eval_shape(lambda: params)
+    message = f"{method.__name__} needs the values of the weights, but a is only"
+    with pytest.raises(ValueError, match=message):
+        method(mlp, shapes, x, batches=[(x,)], formats=int4)
+    more = {} if method is awq else {"resume": tmp_path}
+    for batches in ([x], [x[:1]]):  # would be taken for several arguments, or one
+        with pytest.raises(ValueError, match="a batch is a tuple of arguments"):
+            method(mlp, params, x, batches=iter(batches), formats=int4, **more)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
