@@ -1,23 +1,23 @@
 """The range of activations, from calibration data.
 
-The scale with which activations are rounded must be known before they arrive. What
-flows into each weight is looked at twice: for its largest magnitude, and for how
-often each magnitude occurs below that.
+The scale with which activations are rounded must be known before they arrive. Of what
+flows into each weight in each batch we keep the largest magnitude, and how often each
+magnitude occurs below that.
 
 Sources: averages over batches: Jacob et al. 2018, arXiv:1712.05877, section 3.1;
 entropy: Migacz 2017, "8-bit inference with TensorRT" (GTC).
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxeff import tree
-from jaxeff.program import observe, Site
+from jaxeff.program import check_batches, check_values, observe, Site
 
 from .choice import Choice
 from .formats import Format
@@ -30,7 +30,7 @@ _TRIED = 128  # ranges that "mse" and "entropy" compare
 def activation_scales(
     fn: Callable,
     params: PyTree,
-    batches: Iterable[tuple] | None,
+    batches: Iterable[Any] | None,
     choices: Iterable[Choice],
 ) -> dict[str, Float[Array, "..."]]:
     """For each weight whose format has a range, the scale of what it meets.
@@ -41,14 +41,15 @@ def activation_scales(
     Args:
         fn: `fn(params, *batch)`.
         params: its weights.
-        batches: tuples of arguments; None where no format has a range.
+        batches: tuples of arguments, checked here; None where no format has a range.
         choices: a format for each weight.
 
     Returns:
         By path; of the weight's rank, with length 1 but where a scan slices it.
 
     Raises:
-        ValueError: there is no data, or what flows into a weight is not finite.
+        ValueError: there is no data, a batch is no tuple, the weights have no values,
+            or what flows into one is not finite.
     """
     formats = {
         c.path: c.format
@@ -63,33 +64,31 @@ def activation_scales(
             f"the range of what {next(iter(formats))} meets is found from calibration "
             "data: give `batches=`, an iterable of tuples of arguments."
         )
-    tops, sites = _over(fn, params, given, formats, lambda site, x: jnp.abs(x).max())
+    check_values(params, "the range of activations")
+    fitted = any(f.range not in ("minmax", "average") for f in formats.values())
+    counted = _histogram if fitted else _top
+    seen, sites = _over(fn, params, check_batches(given), formats, counted)
     for site in sites:
-        if not np.isfinite(np.stack(tops[site.name])).all():
+        if not np.isfinite(seen[site.name].tops).all():
             raise ValueError(
                 f"what flows into {site.path} at {site.source} is not finite: check "
                 "the batches and the model."
             )
-    ends = {name: float(np.max(x)) for name, x in tops.items()}
-    needs = any(f.range not in ("minmax", "average") for f in formats.values())
-    counts: dict[str, list[np.ndarray]] = {}
-    if needs:
-        count = lambda site, x: _histogram(x, ends[site.name])
-        counts, _ = _over(fn, params, given, formats, count)
     found: dict[str, np.ndarray] = {}
     shapes = {path: tuple(x.shape) for path, x in tree.paths(params).items()}
     for site in sites:
         fmt = formats[site.path]
         grid = named(fmt.activations or "")
-        top = np.stack(tops[site.name]).astype(np.float64)
+        tops, counts = seen[site.name]
         if fmt.range == "minmax":
-            end = top.max(0)
+            end = tops.max(0)
         elif fmt.range == "average":
-            end = top.mean(0)
+            end = tops.mean(0)
         else:
-            total = np.sum(counts[site.name], axis=0, dtype=np.float64)
-            one = lambda c, e=ends[site.name], f=fmt, g=grid: _end(c, e, f, g)
-            end = np.apply_along_axis(one, -1, total)[..., 0]
+            end = np.zeros(tops.shape[1:])
+            for at in np.ndindex(end.shape):  # the turns of scans
+                here = (slice(None), *at)
+                end[at] = _end(*_together(tops[here], counts[here]), fmt, grid)
         scale = np.where(end > 0, end, 1.0) / grid.largest
         scale = _by_slice(np.asarray(scale), site, shapes[site.path])
         before = found.get(site.path)
@@ -97,50 +96,93 @@ def activation_scales(
     return {path: jnp.asarray(x, jnp.float32) for path, x in found.items()}
 
 
+class _Seen(NamedTuple):
+    """Magnitudes that flow into a weight, in each batch and each turn of a scan."""
+
+    tops: Float[np.ndarray, "batches ..."]
+    counts: Int[np.ndarray, "batches ... bins"]  # in equal parts of 0 ... top
+
+
 def _over(
     fn: Callable,
     params: PyTree,
     batches: list[tuple],
     weights: Mapping[str, Any],
-    statistic: Callable[[Site, Array], Array],
-) -> tuple[dict[str, list[np.ndarray]], list[Site]]:
-    """The statistic at each site, of each batch; and the sites."""
+    counted: Callable[[Array], tuple[Array, Array]],
+) -> tuple[dict[str, _Seen], list[Site]]:
+    """What is seen at each site; and the sites."""
 
-    def look(site: Site, x: Array) -> Array:
+    def look(site: Site, x: Array) -> tuple[Array, Array]:
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            return jnp.zeros(())
-        return statistic(site, x.astype(jnp.float32))
+            x = jnp.zeros(1)
+        return counted(jnp.abs(x.astype(jnp.float32)))
 
     run = jax.jit(
         lambda params, *batch: observe(fn, look, weights=[*weights])(params, *batch)[1]
     )
-    values: dict[str, list[np.ndarray]] = {}
+    values: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     sites: list[Site] = []
     for batch in batches:
         seen = run(params, *batch)
         sites = [s for s in seen.sites if s.primitive != "gather"]
         for site in sites:
-            values.setdefault(site.name, []).append(np.asarray(seen.values[site.name]))
-    return values, sites
+            top, counts = map(np.asarray, seen.values[site.name])
+            values.setdefault(site.name, []).append((top.astype(np.float64), counts))
+    return {
+        name: _Seen(*map(np.stack, zip(*each, strict=True)))
+        for name, each in values.items()
+    }, sites
 
 
-def _histogram(x: Array, end: float) -> Float[Array, " bins"]:
-    """How many magnitudes lie in each of equal parts of 0 ... end."""
-    at = jnp.clip(jnp.abs(x) * (BINS / max(end, 1e-30)), 0, BINS - 1).astype(jnp.int32)
-    return jnp.zeros(BINS, jnp.float32).at[at.reshape(-1)].add(1)
+def _top(x: Float[Array, "..."]) -> tuple[Float[Array, ""], Int[Array, " bins"]]:
+    """The largest of some magnitudes, where no histogram is asked for."""
+    return jnp.max(x), jnp.zeros(0, jnp.int32)
 
 
-def _end(counts: np.ndarray, end: float, format: Format, grid: Grid) -> np.ndarray:
+def _histogram(x: Float[Array, "..."]) -> tuple[Float[Array, ""], Int[Array, " bins"]]:
+    """The largest of some magnitudes, and how many lie in each equal part below it.
+
+    The end is that of this batch and this turn of a scan: that of all turns would
+    leave a few bins to what is small.
+    """
+    top = jnp.max(x)
+    at = (x / jnp.maximum(top, 1e-30) * BINS).astype(jnp.int32)
+    at = jnp.clip(at, 0, BINS - 1).reshape(-1)
+    # In integers: a float32 stops counting at 2^24.
+    return top, jnp.zeros(BINS, jnp.int32).at[at].add(1)
+
+
+def _together(
+    tops: Float[np.ndarray, " batches"], counts: Int[np.ndarray, "batches bins"]
+) -> tuple[Int[np.ndarray, " bins"], float]:
+    """One histogram of several, up to the largest of their ends; and that end.
+
+    What lies in a bin counts as spread evenly: no end is larger, so no bin is wider,
+    and nothing moves by more than a bin.
+    """
+    end = float(tops.max())
+    edges = np.linspace(0, end, BINS + 1)
+    total = np.zeros(BINS, np.int64)
+    for top, count in zip(tops, counts, strict=True):
+        below = np.concatenate([[0], np.cumsum(count, dtype=np.int64)])
+        if top < end:
+            at = np.interp(edges, np.linspace(0, top, BINS + 1), below)
+            below = np.rint(at).astype(np.int64)
+        total += np.diff(below)
+    return total, end
+
+
+def _end(counts: np.ndarray, end: float, format: Format, grid: Grid) -> float:
     """The largest magnitude that the grid is to reach, from a histogram up to `end`."""
     if counts.sum() == 0 or end == 0:
-        return np.array([end])
+        return end
     if not isinstance(format.range, str):
         over = np.cumsum(counts) >= counts.sum() * format.range / 100
-        return np.array([end * (np.argmax(over) + 1) / BINS])
+        return end * (int(np.argmax(over)) + 1) / BINS
     ends = end * np.arange(1, _TRIED + 1) / _TRIED
     lost = _squared_error if format.range == "mse" else _divergence
     errors = [lost(counts, end, e, grid) for e in ends]
-    return ends[[int(np.argmin(errors))]]
+    return float(ends[int(np.argmin(errors))])
 
 
 def _centers(end: float) -> np.ndarray:
@@ -163,7 +205,7 @@ def _squared_error(counts: np.ndarray, end: float, at: float, grid: Grid) -> flo
 def _divergence(counts: np.ndarray, end: float, at: float, grid: Grid) -> float:
     """KL from the magnitudes, clipped at `at`, to what the grid makes of them."""
     n = max(1, round(BINS * at / end))
-    p = counts[:n].copy()
+    p = counts[:n].astype(np.float64)
     p[-1] += counts[n:].sum()
     code = _nearest(_centers(end)[:n] * (grid.largest / at), grid)
     there = counts[:n] > 0

@@ -7,6 +7,7 @@ import pytest
 
 from jaxeff.program import lift_report
 from jaxeff.quantization import fp8, int8, quantize, w8a8
+from jaxeff.quantization.ranges import _histogram, _together, BINS
 
 RNG = np.random.default_rng(0)
 draw = lambda *s: jnp.asarray(RNG.normal(size=s), jnp.float32)
@@ -69,20 +70,47 @@ def test_the_model_is_near_and_multiplies_codes(range, base, grid):
     assert float(jnp.linalg.norm(fn(q, x) - y) / jnp.linalg.norm(y)) < 0.12
 
 
-def test_slices_of_a_scan_have_ranges_of_their_own():
+@pytest.mark.parametrize("range", ["minmax", "average", "mse", "entropy", 99.0])
+def test_slices_of_a_scan_have_ranges_of_their_own(range):
     sizes = jnp.array([1.0, 10.0, 100.0])[:, None, None]
     stacked = {"a": sizes * draw(3, 6, 6)}
     fn = lambda p, x: jax.lax.scan(
         lambda x, p: (jnp.sin(x @ p["a"]) * (1 + jnp.abs(p["a"]).max()), None), x, p
     )[0]
-    x = draw(50, 6)
-    _, q = quantize(fn, stacked, x, formats=static("minmax"), batches=[(x,)])
+    batches = [(draw(400, 6) / 100,), (draw(400, 6) / 300,)]
+    formats = static(range)
+    _, q = quantize(fn, stacked, *batches[0], formats=formats, batches=batches)
     assert q["a"].x_scale.shape == (3, 1, 1)
-    inputs = [x]
-    for w in stacked["a"][:2]:
-        inputs.append(jnp.sin(inputs[-1] @ w) * (1 + jnp.abs(w).max()))
-    tops = [float(jnp.abs(x).max()) / 127 for x in inputs]
-    np.testing.assert_allclose(q["a"].x_scale.ravel(), tops, rtol=1e-5)
+    inputs, alone = [x for (x,) in batches], []
+    for w in stacked["a"]:  # the range of a layer that is the whole model
+        data = [(x,) for x in inputs]
+        one = {"formats": formats, "batches": data}
+        _, layer = quantize(lambda p, x: x @ p["a"], {"a": w}, *data[0], **one)
+        alone.append(float(layer["a"].x_scale.squeeze()))
+        inputs = [jnp.sin(x @ w) * (1 + jnp.abs(w).max()) for x in inputs]
+    # Where rounding puts a few numbers into the next bin, another one of the ranges
+    # that are tried may be the best.
+    np.testing.assert_allclose(q["a"].x_scale.ravel(), alone, rtol=0.03)
+    assert alone[2] > 100 * alone[0]
+
+
+def test_many_batches_make_the_histogram_of_all_numbers():
+    x = np.abs(RNG.normal(size=(3, 5000)) * [[0.1], [1.0], [1.7]])
+    seen = [_histogram(jnp.asarray(row, jnp.float32)) for row in x]
+    tops, counts = (np.stack(c) for c in zip(*seen, strict=True))
+    total, end = _together(tops.astype(np.float64), counts)
+    assert end == pytest.approx(x.max(), rel=1e-6) and total.sum() == x.size
+    below = np.searchsorted(np.sort(x.ravel()), end * np.arange(1, BINS + 1) / BINS)
+    # To what lies in a bin of one of the batches.
+    assert np.abs(np.cumsum(total) - below).max() <= counts.max(1).sum()
+
+
+def test_a_bin_counts_more_than_a_float32_can():
+    n = 2**24 + 10
+    count = jax.jit(lambda: _histogram(jnp.zeros(n))[1])()
+    assert int(count[0]) == n
+    total, _ = _together(np.zeros(200), np.tile(np.asarray(count), (200, 1)))
+    assert total.sum() == 200 * n  # more than 32 bits hold
 
 
 def test_a_weight_used_twice_has_the_larger_range():
@@ -101,6 +129,13 @@ def test_without_data_or_with_what_is_not_finite_it_is_one_clear_line():
     bad = x.at[1, 1].set(jnp.nan)
     with pytest.raises(ValueError, match="flows into a at .* is not finite"):
         quantize(mlp, PARAMS, x, formats=static("mse"), batches=[(bad,)])
+    for batches in ([x], [x[:1]], x):  # would be taken for several arguments, or one
+        with pytest.raises(ValueError, match=r"a batch is a tuple .* write `\(x,\)`"):
+            formats = static("minmax")
+            quantize(mlp, PARAMS, x, formats=formats, batches=iter(batches))
+    shapes = jax.eval_shape(lambda: PARAMS)
+    with pytest.raises(ValueError, match="range of activations needs the values of"):
+        quantize(mlp, shapes, x, formats=static("minmax"), batches=[(x,)])
     _, q = quantize(mlp, PARAMS, x, formats=w8a8)  # needs none
     assert q["a"].x_scale is None
 
