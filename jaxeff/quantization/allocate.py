@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from jaxeff import tree
-from jaxeff.program import dense, lift, table
+from jaxeff.program import check_batches, check_values, dense, lift, table
 
 from .choice import AnyFormat
 from .quantize import apply, check_formats, choose
@@ -73,9 +73,18 @@ class Sensitivity:
     ) -> dict[str, AnyFormat | None]:
         """A format for each weight, to pass as `formats=`.
 
+        Weights go from the smallest formats to finer ones, or from the finest to
+        smaller ones, step by step along the convex hull of their options, and the
+        steps that save most for what they take of the budget come first. A weight
+        whose next step does not fit stays where it is, and the others go on.
+
+        Laws: the budget is kept, and no weight's next step fits what is left of it.
+        Until a step does not fit, no choice that takes as little saves more;
+        afterwards, one may.
+
         Args:
-            at_most_bytes: of these weights together; the least loss for it.
-            at_most_loss: of all that rounding adds; the fewest bytes for it.
+            at_most_bytes: of these weights together; loss is saved.
+            at_most_loss: of all that rounding adds; bytes are saved.
 
         Raises:
             ValueError: not one of the two is given; or even the smallest formats take
@@ -83,40 +92,64 @@ class Sensitivity:
         """
         if (at_most_bytes is None) == (at_most_loss is None):
             raise ValueError(
-                "give one budget, at_most_bytes or at_most_loss: the other one is made "
-                "as small as it can be."
+                "give one budget, at_most_bytes or at_most_loss: the other quantity is "
+                "what is saved."
             )
         hulls = {path: _hull(options) for path, options in self.options.items()}
-        at = dict.fromkeys(hulls, 0)  # each as small as it gets
-        # Each step buys some loss for some bytes: the best bargains come first.
-        steps = sorted(
-            (
-                ((b.loss - a.loss) / (b.bytes - a.bytes), path)
-                for path, hull in hulls.items()
-                for a, b in zip(hull, hull[1:], strict=False)
-            ),
-        )
         bytes = sum(h[0].bytes for h in hulls.values())
-        loss = sum(h[0].loss for h in hulls.values())
+        loss = sum(h[-1].loss for h in hulls.values())
         if at_most_bytes is not None and bytes > at_most_bytes:
             raise ValueError(
                 f"the smallest formats take {bytes:,} bytes, and {at_most_bytes:,.0f} "
                 "are allowed. Give smaller formats to choose from."
             )
-        for _, path in steps:
-            a, b = hulls[path][at[path]], hulls[path][at[path] + 1]
-            if at_most_loss is not None and loss <= at_most_loss:
-                break
-            if at_most_bytes is not None and bytes + b.bytes - a.bytes > at_most_bytes:
-                break
-            at[path] += 1
-            bytes, loss = bytes + b.bytes - a.bytes, loss + b.loss - a.loss
         if at_most_loss is not None and loss > at_most_loss:
             raise ValueError(
                 f"the finest formats add a loss of {loss:.3g}, and {at_most_loss:.3g} "
                 "is allowed. Give finer formats to choose from, or None for as it is."
             )
-        return {path: hull[at[path]].format for path, hull in hulls.items()}
+        if at_most_bytes is not None:
+            chosen = _walk(hulls, at_most_bytes, _bytes, _loss)
+        else:
+            assert at_most_loss is not None
+            finest_first = {path: hull[::-1] for path, hull in hulls.items()}
+            chosen = _walk(finest_first, at_most_loss, _loss, _bytes)
+        return {path: o.format for path, o in chosen.items()}
+
+
+_bytes = lambda o: o.bytes
+_loss = lambda o: o.loss
+
+
+def _walk(
+    ways: Mapping[str, Sequence[Option]],
+    budget: float | int,
+    taken: Callable[[Option], float | int],
+    saved: Callable[[Option], float | int],
+) -> dict[str, Option]:
+    """Goes along all ways, best bargains first, and stops on each that gets too dear.
+
+    Args:
+        ways: for each weight options of which each takes more of the budget than that
+            before it, and has less of what is to be saved.
+        budget: of all together; the first options fit it.
+        taken, saved: the two quantities.
+    """
+    steps = sorted(
+        ((saved(b) - saved(a)) / (taken(b) - taken(a)), path)
+        for path, way in ways.items()
+        for a, b in zip(way, way[1:], strict=False)
+    )
+    at, closed = dict.fromkeys(ways, 0), set()
+    for _, path in steps:
+        if path in closed:
+            continue
+        at[path] += 1
+        # Summed anew: differences of floats added up could pass the budget by a hair.
+        if sum(taken(way[at[p]]) for p, way in ways.items()) > budget:
+            at[path] -= 1
+            closed.add(path)
+    return {path: way[at[path]] for path, way in ways.items()}
 
 
 def _hull(options: Sequence[Option]) -> list[Option]:
@@ -141,7 +174,7 @@ def sensitivity(
     fn: Callable,
     params: PyTree,
     *args: Any,
-    formats: Sequence[AnyFormat | None],
+    formats: AnyFormat | Sequence[AnyFormat | None],
     batches: Iterable[tuple],
     loss: Loss | None = None,
     only: tree.Patterns = "**",
@@ -155,7 +188,8 @@ def sensitivity(
 
     Args:
         fn, params, args: as for `quantize`.
-        formats: to choose from; None is among them for a weight that may stay.
+        formats: one or several to choose from; None is among them for a weight that
+            may stay.
         batches: tuples of arguments to measure with.
         loss: `loss(outputs, exact)` -> a number, of the outputs with one weight rounded
             and those with none; by default the squared difference over the squared
@@ -166,16 +200,20 @@ def sensitivity(
         progress: whether to show a bar, if there is a terminal.
 
     Raises:
-        ValueError: there is no format or no batch; a pattern matches no weight, or
-            none that can be rounded.
+        ValueError: there is no format or no batch, or a batch is no tuple; the weights
+            have no values; a pattern matches no weight, or none that can be rounded;
+            by default, no output is a floating-point array.
     """
     given = list(batches)
+    formats = [formats] if isinstance(formats, AnyFormat) else list(formats)
     real = [f for f in formats if f is not None]
     if not real or not given:
         raise ValueError(
             f"sensitivities are measured with formats and with data, got {len(real)} "
             f"formats and {len(given)} batches."
         )
+    check_batches(given)
+    check_values(params, "sensitivity")
     for f in real:
         check_formats(f)
     loss = _relative if loss is None else loss
@@ -217,4 +255,10 @@ def _relative(outputs: PyTree, exact: PyTree) -> Any:
     size = lambda a: jnp.sum(a.astype(jnp.float32) ** 2)
     pairs = zip(*map(jax.tree.leaves, (outputs, exact)), strict=True)
     floats = [(a, b) for a, b in pairs if jnp.issubdtype(a.dtype, jnp.floating)]
+    if not floats:
+        raise ValueError(
+            "rounding is measured by its change of floating-point outputs, and the "
+            "function returns none. Leave out what makes them integers, or give "
+            "`loss=`."
+        )
     return sum(off(a, b) for a, b in floats) / sum(size(b) for _, b in floats)
