@@ -114,6 +114,9 @@ class _Rounding(Interpreter):
     def equation(self, eqn: JaxprEqn, args: list[Any], where: Where) -> list | None:
         if where not in self.at:
             return None
+        if any(0 in v.aval.shape for v in (*eqn.invars, *eqn.outvars)):
+            self.done += 1  # of an empty batch: there is nothing to round
+            return None
         types = [v.aval.dtype for v in eqn.invars]
         if not all(jnp.issubdtype(t, jnp.floating) for t in types):
             self.left.append(types)

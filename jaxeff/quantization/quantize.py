@@ -256,6 +256,8 @@ def _why_not(x: Any, uses: list[Site]) -> str:
         return ALREADY
     if not tree.is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
         return f"it is no floating-point array ({getattr(x, 'dtype', type(x))})"
+    if x.size == 0:
+        return "it has no numbers"
     return "" if uses else "no product, convolution or look-up uses it"
 
 

@@ -144,3 +144,11 @@ def test_what_cannot_be_is_one_clear_line():
         low_precision(mlp, "int4")
     with pytest.raises(ValueError, match="matches none of the 2 multiplied weights"):
         low_precision(mlp, weights="c")(PARAMS, X)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_empty_batch_has_no_outputs_and_no_gradient(format):
+    low = low_precision(mlp, format)
+    assert low(PARAMS, X[:0]).shape == (0, 8)
+    grads = jax.grad(lambda p: low(p, X[:0]).sum())(PARAMS)
+    assert all(jnp.array_equal(g, jnp.zeros_like(g)) for g in grads.values())

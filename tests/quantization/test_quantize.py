@@ -266,3 +266,18 @@ def test_weights_with_a_zero_point_meet_rounded_activations(normal):
         off[fmt] = jnp.linalg.norm(y - want) / jnp.linalg.norm(want)
     # Half a step of 255 and of 15, and little for the activations.
     assert off[uint8] < 0.02 and 4 * off[uint8] < off[uint4] < 0.2
+
+
+@pytest.mark.parametrize("sizes", [(4, 0, 3), (0, 4, 3)], ids=str)
+def test_a_weight_of_no_numbers_stays(sizes):
+    i, h, o = sizes
+    params = {"a": jnp.ones((i, h)), "b": jnp.ones((h, o)), "c": jnp.ones((o, 2))}
+    fn = lambda p, x: x @ p["a"] @ p["b"] @ p["c"]
+    x = jnp.ones((5, i))
+    q_fn, q = quantize(fn, params, x)
+    assert {path for path, w in q.items() if is_leaf(w)} == {
+        path for path, w in params.items() if w.size
+    }
+    np.testing.assert_allclose(q_fn(q, x), fn(params, x), rtol=0.02)
+    with pytest.raises(ValueError, match="none can be quantized: a: it has no numbers"):
+        quantize(fn, params, x, formats={"a": int8})
