@@ -16,22 +16,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from .grids import Grid
+from .grids import Grid, neighbours
 
 # A stretched sigmoid reaches 0 and 1 (equation 23).
 _LOW, _HIGH = -0.1, 1.1
 _HIGHEST = jax.lax.Precision.HIGHEST
 _FLAT = 0.2  # share of the steps without the penalty
 _BEGIN, _END = 20.0, 2.0  # its exponent, annealed
-
-
-def neighbours(
-    x: Float[Array, "..."], grid: Grid
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """The numbers of a grid below and above; beyond an end the last two."""
-    levels = jnp.asarray(grid.levels, jnp.float32)
-    at = jnp.clip(jnp.searchsorted(levels, x, side="right") - 1, 0, len(levels) - 2)
-    return levels[at], levels[at + 1]
 
 
 @functools.partial(

@@ -157,6 +157,15 @@ def _search(x: Array, middle: np.ndarray) -> Array:
     return jnp.searchsorted(jnp.asarray(middle), x, side="left").astype(jnp.uint8)
 
 
+def neighbours(
+    x: Float[Array, "..."], grid: Grid
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """The numbers of a grid below and above; beyond an end the last two."""
+    levels = jnp.asarray(grid.levels, jnp.float32)
+    at = jnp.clip(jnp.searchsorted(levels, x, side="right") - 1, 0, len(levels) - 2)
+    return levels[at], levels[at + 1]
+
+
 def look_up(codes: Array, table: tuple[float, ...]) -> Float[Array, "..."]:
     """The numbers of a table at those codes, float32."""
     return jnp.take(jnp.asarray(table, jnp.float32), codes, mode="clip")

@@ -26,8 +26,7 @@ from jaxeff import tree
 from jaxeff.program import Call, Interpreter, Program, Rewritten, Where
 
 from . import blocks, scales as scaling
-from .adaround import neighbours
-from .grids import Grid, named
+from .grids import Grid, named, neighbours
 from .products import Kind
 
 PRODUCTS = ("dot_general", "conv_general_dilated")

@@ -1,25 +1,14 @@
 """AdaRound on one matrix."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxeff.quantization import int4, log4, scales, uint4
-from jaxeff.quantization.adaround import adaround_matrix, neighbours
+from jaxeff.quantization.adaround import adaround_matrix
+from jaxeff.quantization.grids import neighbours
 from tests.quantization.problems import output_error, problem
 from tests.quantization.test_gptq import under
-
-
-@pytest.mark.parametrize("fmt", [int4, uint4, log4], ids=str)
-def test_neighbours_are_next_to_each_other_with_the_weight_between(fmt):
-    levels = np.asarray(fmt.grid.levels, np.float32)
-    x = jnp.asarray(np.random.default_rng(0).uniform(levels[0], levels[-1], 500))
-    low, high = jax.jit(lambda x: neighbours(x, fmt.grid))(x)
-    assert np.all(low <= x) and np.all(x <= high)
-    np.testing.assert_array_equal(
-        np.searchsorted(levels, high), np.searchsorted(levels, low) + 1
-    )
 
 
 @pytest.mark.parametrize("fmt", [int4, uint4, log4], ids=str)

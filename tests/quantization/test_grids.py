@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from jaxeff.quantization import floating, Linear, Logarithmic
-from jaxeff.quantization.grids import named
+from jaxeff.quantization.grids import named, neighbours
 
 GRIDS = [
     *(Linear(b) for b in range(2, 9)),
@@ -105,3 +105,14 @@ def test_the_normal_float_is_the_table_of_the_paper():
     negative = [-NormalDist().inv_cdf(p) for p in np.linspace(1 - offset, 0.5, 8)[:-1]]
     made = sorted([*positive, 0.0, *negative])
     np.testing.assert_allclose(levels, np.asarray(made) / max(made), atol=2e-4)
+
+
+@by_name
+def test_neighbours_are_next_to_each_other_with_the_number_between(grid):
+    levels = np.asarray(grid.levels, np.float32)
+    x = jnp.asarray(np.random.default_rng(0).uniform(levels[0], levels[-1], 500))
+    low, high = jax.jit(lambda x: neighbours(x, grid))(x)
+    assert np.all(low <= x) and np.all(x <= high)
+    np.testing.assert_array_equal(
+        np.searchsorted(levels, high), np.searchsorted(levels, low) + 1
+    )
