@@ -23,6 +23,7 @@ from .given import check_batches as check_batches, check_values as check_values
 from .halves import Halves as Halves, halves as halves
 from .interpret import bind as bind, Interpreter as Interpreter, rebuilt as rebuilt
 from .leaf import (
+    coded as coded,
     Conv as Conv,
     dense as dense,
     dense_size as dense_size,

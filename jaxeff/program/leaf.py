@@ -266,6 +266,24 @@ def packed(params: PyTree) -> dict[str, int]:
     return found
 
 
+def is_real(dtype: Any) -> bool:
+    """Whether numbers of a dtype can be multiplied with little rounding.
+
+    Not integers, and not the floats of 8 bits that codes and scales are stored as.
+    """
+    return jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 16
+
+
+def coded(params: PyTree) -> dict[str, str]:
+    """The arrays of leaves that hold codes: by the path of each, that of its leaf."""
+    found = {}
+    for path, x in paths(params, is_leaf).items():
+        parts = paths(x) if is_leaf(x) else {}
+        if not all(is_real(part.dtype) for part in parts.values()):
+            found.update({f"{path}/{name}".lstrip("/"): path for name in parts})
+    return found
+
+
 def dense(tree: PyTree) -> PyTree:
     """The tree with every compressed weight as the array it stands for."""
 

@@ -13,7 +13,7 @@ Xiao et al. 2022, arXiv:2211.10438, section 4 (through norms).
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -27,6 +27,7 @@ from jaxeff import tree
 
 from .couplings import Couplings, couplings_of, solved
 from .dims import atoms, Dim, find
+from .leaf import is_real
 from .powers import add, Known, null_space, Power, Powers
 from .rule import Dims
 from .scaling_rules import RULES
@@ -182,12 +183,16 @@ def _literal(v: Literal) -> Known:
     return Known({}, float(np.asarray(v.val).reshape(())))
 
 
-def find_scalings(jaxpr: ClosedJaxpr, weights: Sequence[str | None]) -> list[Scaling]:
+def find_scalings(
+    jaxpr: ClosedJaxpr, weights: Sequence[str | None], fixed: Collection[str] = ()
+) -> list[Scaling]:
     """All scalings of a traced program that leave it as it is.
 
     Args:
         jaxpr: the program.
         weights: for each of its inputs the weight's path, or None for data.
+        fixed: paths of weights that are in none; nor are those of integers or of 8
+            bits, which would round to others.
 
     Returns:
         A basis: every other scaling is a product of powers of these. Those with few
@@ -196,8 +201,12 @@ def find_scalings(jaxpr: ClosedJaxpr, weights: Sequence[str | None]) -> list[Sca
     solver, dims = solved(jaxpr, weights)
     balance = Balance(solver)
     used = needed(jaxpr)[1]
-    each = zip(weights, dims, used, strict=True)
-    ins = [balance.weight(p, d) if p and live else Known({}) for p, d, live in each]
+    free = [
+        live and path is not None and path not in fixed and is_real(v.aval.dtype)
+        for path, live, v in zip(weights, used, jaxpr.jaxpr.invars, strict=True)
+    ]
+    each = zip(weights, dims, free, strict=True)
+    ins = [balance.weight(p, d) if p and yes else Known({}) for p, d, yes in each]
     for known in balance.run(jaxpr, ins):
         balance.plain(known)
     found = []

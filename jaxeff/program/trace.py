@@ -12,7 +12,7 @@ from .call import Call
 from .costs import Costs, count
 from .couplings import Couplings, find_couplings
 from .cuts import Cuts, find_cuts
-from .leaf import packed
+from .leaf import coded, packed
 from .scalings import find_scalings, Scaling
 from .scanned import find_scanned
 from .sites import find_scales, find_sites, Site
@@ -68,8 +68,11 @@ class Program:
 
     @functools.cached_property
     def scalings(self) -> list[Scaling]:
-        """Which weights can be multiplied together without changing the function."""
-        return find_scalings(self.jaxpr, self.weights)
+        """Which weights can be multiplied together without changing the function.
+
+        None of leaves that hold codes: a code multiplied is another code.
+        """
+        return find_scalings(self.jaxpr, self.weights, coded(self.call.params))
 
     @functools.cached_property
     def costs(self) -> Costs:

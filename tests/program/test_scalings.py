@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxeff.lowrank import factorize
 from jaxeff.program import scale_weights, trace
+from jaxeff.quantization import int8, quantize
 from tests.program.built import build, some, zoo
 from tests.program.shrinking import distance
 
@@ -145,6 +147,26 @@ def test_what_is_added_where_it_was_turned_is_refused():
         for s in program.scalings:
             new = scaled(program, new, s)
         assert distance(fn(new, x), fn(params, x)) < 1e-4
+
+
+def test_integers_and_arrays_of_leaves_that_hold_codes_are_in_none():
+    params = {"a": draw(6, 8), "b": draw(8, 7), "c": draw(7, 5)}
+    fn = lambda p, x: jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["c"]
+    x = draw(3, 6)
+    assert len(powers(fn, params, x)) == 2
+    (found,) = powers(*quantize(fn, params, x, formats={"a": int8}), x)
+    assert set(found) == {"b", "c"}
+    whole = params | {"a": params["a"].astype(jnp.int32)}
+    (found,) = powers(fn, whole, x)
+    assert set(found) == {"b", "c"}
+
+
+def test_the_factors_of_a_leaf_without_codes_have_scalings():
+    params = {"a": draw(16, 16), "b": draw(16, 16)}
+    fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]
+    fn, params = factorize(fn, params, draw(3, 16), ranks=4)
+    found = [set(f) for f in powers(fn, params, draw(3, 16))]
+    assert {"a/u", "a/v"} in found and {"a/v", "b/u"} in found
 
 
 def test_the_layers_of_a_scan_share_a_vector():
