@@ -1,4 +1,4 @@
-"""Pallas kernels: products with weights of 8 and 4 bits.
+"""Pallas kernels: products with weights of 8 and 4 bits, and rounding of activations.
 
 XLA writes a decoded weight to memory before it multiplies by it, which costs more
 traffic than a dense weight. Here each tile is decoded where it is multiplied, so that
@@ -17,7 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Int, Integer
 
 _ROWS, _COLUMNS, _INPUTS = 256, 512, 512  # of a step, at most
 _LANES = 128  # what a tile's dims are multiples of, where they do not cover all
@@ -165,3 +165,49 @@ def _decode(codes: Array, half: int | None) -> Array:
         return codes.astype(jnp.float32)
     # The sign of four bits is copied upwards by shifting left and back.
     return ((codes.astype(jnp.int32) << (28 - 4 * half)) >> 28).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("largest", "interpret"))
+def round_rows(
+    x: Float[Array, "rows inputs"], *, largest: int = 127, interpret: bool = False
+) -> tuple[Int[Array, "rows inputs"], Float[Array, "rows 1"]]:
+    """int8 codes and the scale of each row, with `x` read once.
+
+    Law: as `products.round_activations` finds them: the scale takes the largest
+    magnitude of a row to `largest`, and is 1 for a row of zeros.
+
+    Args:
+        x: floating point; whole rows are held at a time.
+        largest: integer.
+        interpret: run without an accelerator.
+    """
+    rows, k = x.shape
+    if rows == 0:
+        return jnp.zeros((0, k), jnp.int8), jnp.zeros((0, 1), jnp.float32)
+    tm = min(rows, max(8, 2**20 // k // 8 * 8))  # float32, in four megabytes
+    m = -(-rows // tm) * tm
+    x = jnp.pad(x, ((0, m - rows), (0, 0)))
+
+    def kernel(x_ref, codes_ref, scale_ref):
+        x = x_ref[...].astype(jnp.float32)
+        top = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+        scale = jnp.where(top > 0, top / largest, 1.0)
+        codes = jnp.clip(jnp.round(x / scale), -largest, largest)
+        codes_ref[...] = codes.astype(jnp.int8)
+        scale_ref[...] = scale
+
+    codes, scale = pl.pallas_call(
+        kernel,
+        grid=(m // tm,),
+        in_specs=[pl.BlockSpec((tm, k), lambda i: (i, 0))],
+        out_specs=[
+            pl.BlockSpec((tm, k), lambda i: (i, 0)),
+            pl.BlockSpec((tm, 1), lambda i: (i, 0)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((m, k), jnp.int8),
+            jax.ShapeDtypeStruct((m, 1), jnp.float32),
+        ],
+        interpret=interpret,
+    )(x)
+    return codes[:rows], scale[:rows]

@@ -23,7 +23,7 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array, Float, Key
 
 from jaxeff import tree
-from jaxeff.program import Call, Interpreter, Program, Rewritten, Where
+from jaxeff.program import Call, coded, Interpreter, is_leaf, Program, Rewritten, Where
 
 from . import blocks, scales as scaling
 from .grids import Grid, named, neighbours
@@ -32,6 +32,7 @@ from .products import Kind
 PRODUCTS = ("dot_general", "conv_general_dilated")
 # Of what flows forward, and of gradients.
 KINDS = {"int8": ("int8", "int8"), "fp8": ("e4m3", "e5m2")}
+_ORDER = "Give it dense weights: train in 8 bits first, quantize afterwards."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +61,15 @@ class LowPrecision(Rewritten):
         """`fn`, with the products of its weights in few bits."""
         call = Call(self.fn, params, args, kwargs, open_leaves=True)
         sites = [s for s in Program(call).sites if s.primitive in PRODUCTS]
-        paths = list(dict.fromkeys(s.path for s in sites))
-        chosen = set(tree.match(list(self.weights), paths, what="multiplied weight"))
+        inside = coded(params)
+        reasons = {s.path: "" for s in sites if s.path not in inside}
+        for path, x in tree.paths(params, is_leaf).items():
+            if is_leaf(x) and not any(p.startswith(f"{path}/") for p in reasons):
+                form = getattr(x, "format", type(x).__name__)
+                reasons[path] = f"it is compressed already ({form})"
+        patterns = list(self.weights)
+        chosen = set(tree.match(patterns, reasons, what="multiplied weight"))
+        tree.check_some(patterns, reasons, does="runs in 8 bits", way_out=_ORDER)
         at = {s.where for s in sites if s.path in chosen}
         rule = _Rounding(at, named(self.forward), named(self.backward))
         outs = call.run(rule)
@@ -90,7 +98,7 @@ def low_precision(
 
     Raises:
         ValueError: the format is neither; or, when called, a pattern matches no weight
-            that is multiplied, or there is no such product.
+            that is multiplied, or only compressed ones; or there is no such product.
     """
     if format not in KINDS:
         raise ValueError(

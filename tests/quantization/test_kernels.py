@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from jaxeff.quantization import kernels
+from jaxeff.quantization.grids import named
 from jaxeff.quantization.packing import pack
+from jaxeff.quantization.products import round_activations
 
 RNG = np.random.default_rng(0)
 
@@ -57,6 +59,17 @@ def test_the_product_is_that_of_the_dense_weight(shape, group, packed, dtype):
     assert (np.abs(got - want) <= unit * sums).all()
 
 
+@pytest.mark.parametrize("rows, inputs", [(1, 64), (300, 768), (7, 2**17)])
+def test_rows_are_rounded_as_elsewhere(rows, inputs):
+    x = jnp.asarray(RNG.normal(size=(rows, inputs)), jnp.float32).at[0].mul(1e3)
+    x = x.at[rows // 2].set(0) if rows > 1 else x
+    codes, scale = kernels.round_rows(x, interpret=True)
+    want, of = round_activations(x, [1], named("int8"))
+    np.testing.assert_array_equal(codes, want)
+    np.testing.assert_array_equal(scale, of)
+    assert codes.dtype == jnp.int8 and scale.shape == (rows, 1)
+
+
 @pytest.mark.parametrize(
     "case, why",
     [
@@ -95,3 +108,8 @@ def test_the_product_compiles_for_a_tpu(tpu, rows, dtype, packed, group):
         .compile()
     )
     assert "tpu_custom_call" in compiled.as_text()
+
+
+def test_rounding_compiles_for_a_tpu(tpu):
+    x = jax.ShapeDtypeStruct((300, 4096), jnp.bfloat16, sharding=tpu)
+    assert "tpu_custom_call" in kernels.round_rows.lower(x).compile().as_text()

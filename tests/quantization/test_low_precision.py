@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxeff.program import describe, equations, rebuild
-from jaxeff.quantization import low_precision
+from jaxeff.quantization import fake_quantize, int8, low_precision, quantize
 from jaxeff.quantization.grids import named
 from jaxeff.quantization.low_precision import _codes
 from tests.program.built import build, some
@@ -152,3 +152,17 @@ def test_an_empty_batch_has_no_outputs_and_no_gradient(format):
     assert low(PARAMS, X[:0]).shape == (0, 8)
     grads = jax.grad(lambda p: low(p, X[:0]).sum())(PARAMS)
     assert all(jnp.array_equal(g, jnp.zeros_like(g)) for g in grads.values())
+
+
+@pytest.mark.parametrize("by", [quantize, fake_quantize])
+def test_weights_that_are_compressed_already_are_named(by):
+    fn, new = by(mlp, PARAMS, X, formats={"a": int8})
+    # The dense ones still run in it.
+    assert off(low_precision(fn)(new, X), fn(new, X)) < 0.05
+    assert not np.array_equal(low_precision(fn)(new, X), fn(new, X))
+    for patterns in ("a", ["b", "a"]):
+        with pytest.raises(ValueError, match="a: it is compressed .*int8.. Give"):
+            low_precision(fn, weights=patterns)(new, X)
+    fn, new = by(mlp, PARAMS, X)
+    with pytest.raises(ValueError, match="a: it is .*; b: .* quantize afterwards"):
+        low_precision(fn)(new, X)
