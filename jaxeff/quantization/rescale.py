@@ -23,8 +23,10 @@ from jaxtyping import Array, Float, PyTree
 from jaxeff import tree
 from jaxeff.program import (
     calibrate,
+    coded,
     find_uses,
     gram,
+    is_leaf,
     Part,
     Program,
     scale_weights,
@@ -34,6 +36,10 @@ from jaxeff.program import (
 
 from . import scales as scaling_of
 from .formats import Format
+
+_ROUNDS = 20  # of `equalize`, at most
+_EVEN = 1e-3  # its last factors, as logarithms
+_ORDER = "Smooth or equalize first, then rotate, then quantize."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +95,7 @@ def smooth(
     over all weights that read the channel.
 
     Args:
-        fn, params, args: as for `quantize`; the weights are dense.
+        fn, params, args: as for `quantize`; compressed weights stay as they are.
         batches: tuples of arguments to calibrate with, all of the same shapes.
         strength: 0 evens out the weights, 1 the activations.
         only: patterns of the weights that read what is to be smoothed; by default
@@ -101,7 +107,7 @@ def smooth(
 
     Raises:
         ValueError: `strength` is outside [0, 1]; there is no data; or nothing of what
-            is named can be smoothed.
+            is named can be smoothed, or it is compressed.
 
     Source: Xiao et al. 2022, arXiv:2211.10438, equation 4.
     """
@@ -141,10 +147,16 @@ def equalize(
     """Evens out the channels of consecutive weights; needs no data.
 
     With r1[c] the largest weight that makes channel c and r2[c] the largest that reads
-    it, both become sqrt(r1 r2).
+    it, both become sqrt(r1 r2). Where three weights or more follow each other, a pair
+    undoes a part of what the one before it did; so all are gone through again, until
+    little changes or for 20 rounds.
+
+    Law: once little changes, r1 and r2 are within 1 % of each other in every channel.
+    (Five weights of random numbers in a row get there, with channels 10**6 apart; ten
+    get to 10 %.) A channel that nothing makes, or nothing reads, stays as it is.
 
     Args:
-        fn, params, args: as for `quantize`; the weights are dense.
+        fn, params, args: as for `quantize`; compressed weights stay as they are.
         only: patterns of the weights that read the channels; by default every weight
             with which that is possible.
 
@@ -152,20 +164,35 @@ def equalize(
         `fn` and the new weights, which compute the same up to rounding.
 
     Raises:
-        ValueError: nothing of what is named can be equalised.
+        ValueError: nothing of what is named can be equalised, or it is compressed.
 
-    Source: Nagel et al. 2019, arXiv:1906.04721, equation 11.
+    Source: Nagel et al. 2019, arXiv:1906.04721, section 4.1: equation 11, and to repeat
+    it until it converges.
     """
     program = trace(fn, params, *args)
     makes = {(s.path, d) for s in program.sites for d in s.output}
     pairs = [m for m in moves(program) if any(k in makes for k in m.producers)]
-    new = params
-    for m in _chosen(program, only, None, pairs):
-        first = [k for k in m.producers if k in makes]
-        r1, r2 = (_largest(program, params, m, k) for k in (first, m.consumers))
-        s = np.sqrt(_floor(r1) / _floor(r2))
-        new = scale_weights(new, program.couplings, m.scaling, jnp.asarray(s))
-    return fn, new
+    chosen = _chosen(program, only, None, pairs)
+    touched = {path for m in chosen for path, _ in m.scaling.powers}
+    old = {p: x for p, x in tree.paths(params).items() if p in touched}
+    # Rounds of rounding to 16 bits would add up.
+    wide = {p: jnp.promote_types(x.dtype, jnp.float32) for p, x in old.items()}
+    new = tree.replaced(params, {p: jnp.asarray(x, wide[p]) for p, x in old.items()})
+    for _ in range(_ROUNDS):
+        most = 0.0
+        for m in chosen:
+            first = [k for k in m.producers if k in makes]
+            r1, r2 = (_largest(program, new, m, k) for k in (first, m.consumers))
+            s = np.sqrt(_floor(r1) / _floor(r2))
+            s = np.where((r1 > 0) & (r2 > 0), s, 1).astype(np.float32)
+            most = max(most, float(np.abs(np.log(s)).max(initial=0)))
+            new = scale_weights(new, program.couplings, m.scaling, jnp.asarray(s))
+        if most < _EVEN:
+            break
+    found = tree.paths(new)
+    return fn, tree.replaced(
+        params, {p: found[p].astype(x.dtype) for p, x in old.items()}
+    )
 
 
 def rescale_by_error(
@@ -262,20 +289,40 @@ def _chosen(
     given: list[Move] | None = None,
 ) -> list[Move]:
     """The moves whose consumers are named, and can be seen."""
+    leaves = tree.paths(program.call.params, is_leaf)
+    forms = {
+        path: getattr(x, "format", type(x).__name__.lower())
+        for path, x in leaves.items()
+        if is_leaf(x)
+    }
     found = moves(program) if given is None else given
-    paths = {path for m in found for path, _ in m.consumers}
-    named = paths if only is None else set(tree.match(only, program.shapes))
+    inside = coded(program.call.params)
+    reasons = {p: "" for p in program.shapes if p not in inside}
+    reasons |= {p: f"it is compressed already ({form})" for p, form in forms.items()}
+    named = set(reasons)
+    if only is not None:
+        patterns = [only] if isinstance(only, str) else only
+        tree.check_some(patterns, reasons, does="scales", way_out=_ORDER)
+        named = set(tree.match(only, reasons))
     ok = lambda path: path in named and (able is None or path in able)
     found = [m for m in found if all(ok(path) for path, _ in m.consumers)]
-    if not found:
+    if found:
+        return found
+    named &= {site.path for site in program.sites}
+    if forms:
+        listed = ", ".join(f"{path} ({form})" for path, form in forms.items())
+        are = "is" if len(forms) == 1 else "are"
+        others = ", and what lies between others passes no factor on" if named else ""
         raise ValueError(
-            f"none of the {len(named)} weights reads channels that can be scaled where "
-            "they are made, and back here, without changing the function: between "
-            "them lies an operation that passes no factor on (gelu, softmax, a norm "
-            "without a scale). `trace(fn, params, *args).scalings` lists those that "
-            "can."
+            f"no channel is left to scale between dense weights: {listed} {are} "
+            f"compressed already{others}. {_ORDER}"
         )
-    return found
+    raise ValueError(
+        f"none of the {len(named)} weights reads channels that can be scaled where "
+        "they are made, and back here, without changing the function: between "
+        "them lies an operation that passes no factor on (gelu, softmax, a norm "
+        "without a scale). `trace(fn, params, *args).scalings` lists those that can."
+    )
 
 
 def _columns(program: Program, chosen: list[Move], part: Part) -> Any:

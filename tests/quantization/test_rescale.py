@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from jaxeff import trace
-from jaxeff.quantization import awq, equalize, int4, int8, quantize, smooth, w8a8
+from jaxeff.quantization import (
+    awq,
+    equalize,
+    fake_quantize,
+    int4,
+    int8,
+    quantize,
+    rotate,
+    smooth,
+    w8a8,
+)
 from jaxeff.quantization.rescale import moves
 from tests.program.built import build, some
 
@@ -79,6 +89,74 @@ def test_equalised_channels_are_as_large_where_they_are_made_as_where_they_are_r
     plain = quantize(block, params, X, formats={"{up,down}": rough})
     even = quantize(block, new, X, formats={"{up,down}": rough})
     assert off(block, params, *even) < 0.8 * off(block, params, *plain)
+
+
+def chain(params, x):
+    *before, last = [params[k] for k in sorted(params) if k.startswith("w")]
+    for i, w in enumerate(before):
+        x = jax.nn.relu(x @ w + params.get(f"bias{i}", jnp.zeros(w.shape[1]))[None])
+    return x @ last
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_all_pairs_in_a_row_are_equalised_together(dtype):
+    params = {f"w{i}": draw(16, 16) * jnp.exp(4 * draw(16))[None] for i in range(5)}
+    # Only a bias makes this channel, so no range says how large it is.
+    params["w0"] = params["w0"].at[:, 3].set(0)
+    params["bias0"] = draw(16)
+    params = jax.tree.map(lambda w: w.astype(dtype), params)
+    fn, new = equalize(chain, params, X.astype(dtype))
+    close = 0.01 + 2 * float(jnp.finfo(dtype).eps)
+    for i in range(4):
+        made = jnp.abs(new[f"w{i}"]).max(0).astype(jnp.float32)
+        read = jnp.abs(new[f"w{i + 1}"]).max(1).astype(jnp.float32)
+        used = made > 0
+        np.testing.assert_allclose(made[used], read[used], rtol=close)
+        assert used.sum() == (15 if i == 0 else 16)
+    assert new["bias0"][3] == params["bias0"][3]
+    # In float32, to tell the rounding of weights alone, which is done once.
+    wide = lambda p: jax.tree.map(lambda w: w.astype(jnp.float32), p)
+    y, z = chain(wide(params), X), chain(wide(new), X)
+    assert jnp.linalg.norm(y - z) < 4 * jnp.finfo(dtype).eps * jnp.linalg.norm(y)
+
+
+SCALED = {
+    "smooth": lambda *a, **k: smooth(*a, batches=[(X,)], **k),
+    "equalize": equalize,
+    "awq": lambda *a: awq(*a, batches=[(X,)], formats={"{w2,w3}": int8}),
+}
+CHAIN = {f"w{i}": draw(16, 16) * jnp.exp(draw(16))[None] for i in range(4)}
+
+
+@pytest.mark.parametrize("how", SCALED)
+@pytest.mark.parametrize("codes", ["w0", "w1", "w3"])
+def test_beside_quantized_weights_only_dense_ones_are_scaled(how, codes):
+    before = quantize(chain, CHAIN, X, formats={codes: int8})
+    (fn, params), same = before, jnp.array_equal
+    _, new = SCALED[how](*before, X)
+    assert off(fn, params, fn, new) < (2e-2 if how == "awq" else 1e-5)
+    assert all(map(same, *map(jax.tree.leaves, (new[codes], params[codes]))))
+    dense = [k for k in CHAIN if k != codes]
+    assert how == "awq" or any(not same(new[k], params[k]) for k in dense)
+
+
+CASES = [(h, by) for h in SCALED for by in (quantize, rotate, fake_quantize)]
+
+
+@pytest.mark.parametrize("how, by", CASES[:7])  # `awq` looks for dense ones before
+def test_weights_that_are_compressed_already_are_named(how, by):
+    fn, new = by(chain, CHAIN, X)
+    with pytest.raises(ValueError, match="w0 .*already.* then rotate, then quantize"):
+        SCALED[how](fn, new, X)
+
+
+def test_one_that_is_asked_for_by_name_is_refused_by_name():
+    fn, new = quantize(chain, CHAIN, X, formats={"w1": int8})
+    for run in (SCALED["smooth"], equalize):
+        with pytest.raises(ValueError, match="w1.*compressed already .int8.. Smooth"):
+            run(fn, new, X, only=["w1", "w3"])
+        _, only = run(fn, new, X, only="w3")
+        assert jnp.array_equal(only["w0"], new["w0"])
 
 
 @pytest.mark.parametrize("fmt", [int4, int4.grouped(8)], ids=lambda f: f.name)
