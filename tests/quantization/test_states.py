@@ -104,7 +104,8 @@ def run(tx, grads, params, steps=20):
     step = jax.jit(lambda g, s, p: tx.update(g, s, p))
     state = tx.init(params)
     for i in range(steps):
-        updates, state = step(jax.tree.map(lambda g: g[i], grads), state, params)
+        now = jax.tree.map(lambda g, i=i: g[i], grads)
+        updates, state = step(now, state, params)
         params = optax.apply_updates(params, updates)
     return params, state
 
