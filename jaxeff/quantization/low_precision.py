@@ -23,7 +23,7 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array, Float, Key
 
 from jaxeff import tree
-from jaxeff.program import Call, coded, Interpreter, is_leaf, Program, Rewritten, Where
+from jaxeff.program import Call, Interpreter, is_leaf, Program, Rewritten, Where
 
 from . import blocks, scales as scaling
 from .grids import Grid, named, neighbours
@@ -61,8 +61,7 @@ class LowPrecision(Rewritten):
         """`fn`, with the products of its weights in few bits."""
         call = Call(self.fn, params, args, kwargs, open_leaves=True)
         sites = [s for s in Program(call).sites if s.primitive in PRODUCTS]
-        inside = coded(params)
-        reasons = {s.path: "" for s in sites if s.path not in inside}
+        reasons = {s.path: "" for s in sites}
         for path, x in tree.paths(params, is_leaf).items():
             if is_leaf(x) and not any(p.startswith(f"{path}/") for p in reasons):
                 form = getattr(x, "format", type(x).__name__)
@@ -98,7 +97,8 @@ def low_precision(
 
     Raises:
         ValueError: the format is neither; or, when called, a pattern matches no weight
-            that is multiplied, or only compressed ones; or there is no such product.
+            that is multiplied, or only ones that are decoded or rounded first, as
+            those of `fake_quantize`; or there is no such product.
     """
     if format not in KINDS:
         raise ValueError(

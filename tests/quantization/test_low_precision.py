@@ -154,15 +154,17 @@ def test_an_empty_batch_has_no_outputs_and_no_gradient(format):
     assert all(jnp.array_equal(g, jnp.zeros_like(g)) for g in grads.values())
 
 
-@pytest.mark.parametrize("by", [quantize, fake_quantize])
-def test_weights_that_are_compressed_already_are_named(by):
-    fn, new = by(mlp, PARAMS, X, formats={"a": int8})
+def test_weights_that_are_rounded_already_are_named():
+    fn, new = fake_quantize(mlp, PARAMS, X, formats={"a": int8})
     # The dense ones still run in it.
     assert off(low_precision(fn)(new, X), fn(new, X)) < 0.05
     assert not np.array_equal(low_precision(fn)(new, X), fn(new, X))
     for patterns in ("a", ["b", "a"]):
         with pytest.raises(ValueError, match="a: it is compressed .*int8.. Give"):
             low_precision(fn, weights=patterns)(new, X)
-    fn, new = by(mlp, PARAMS, X)
+    fn, new = fake_quantize(mlp, PARAMS, X)
     with pytest.raises(ValueError, match="a: it is .*; b: .* quantize afterwards"):
         low_precision(fn)(new, X)
+    # Products with codes of integers are products.
+    fn, new = quantize(mlp, PARAMS, X)
+    assert off(low_precision(fn)(new, X), fn(new, X)) < 0.05
