@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxeff import tree
 from jaxeff.program import (
     calibrate,
+    check_values,
     coded,
     find_uses,
     gram,
@@ -164,11 +165,13 @@ def equalize(
         `fn` and the new weights, which compute the same up to rounding.
 
     Raises:
-        ValueError: nothing of what is named can be equalised, or it is compressed.
+        ValueError: nothing of what is named can be equalised, or it is compressed; the
+            weights have no values.
 
     Source: Nagel et al. 2019, arXiv:1906.04721, section 4.1: equation 11, and to repeat
     it until it converges.
     """
+    check_values(params, "equalize")
     program = trace(fn, params, *args)
     makes = {(s.path, d) for s in program.sites for d in s.output}
     pairs = [m for m in moves(program) if any(k in makes for k in m.producers)]

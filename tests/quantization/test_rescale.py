@@ -183,3 +183,10 @@ def test_what_cannot_be_is_one_clear_line():
     for run in (lambda *a: smooth(*a, **given), equalize, scaled):
         with pytest.raises(ValueError, match="passes no factor on"):
             run(curved, pair, X)
+
+
+@pytest.mark.parametrize("how", [smooth, equalize])
+def test_shapes_of_weights_are_one_clear_line(how):
+    given = {"batches": [(X,)]} if how is smooth else {}
+    with pytest.raises(ValueError, match="needs the values of the weights, but down"):
+        how(block, jax.eval_shape(lambda: PARAMS), X, **given)
