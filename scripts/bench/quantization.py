@@ -28,6 +28,7 @@ import optax
 
 from jaxeff import data, quantization as q, tree
 from jaxeff.distillation import distill_loss, response_loss, taught
+from jaxeff.models import init_cache
 from jaxeff.parallelism import batch_sharding, make_mesh, replicate
 from jaxeff.program import like
 from jaxeff.quantization import Codebook, Format, Linear, Logarithmic
@@ -53,6 +54,22 @@ OTHERS: dict[str, Callable] = {
     "HQQ": functools.partial(q.quantize, fit="hqq"),
     "AWQ": q.awq,
     "GPTQ, drift": functools.partial(q.gptq, drift=True),
+}
+
+
+def first(change: Callable) -> Callable:
+    """Rounding to the nearest, after a change that leaves the function as it is."""
+
+    def run(fn, params, *args, formats, batches):
+        fn, new = change(fn, params, *args, batches)
+        return q.quantize(fn, new, *args, formats=formats, batches=batches)
+
+    return run
+
+
+MOVED: dict[str, Callable] = {
+    "SmoothQuant": first(lambda *given: q.smooth(*given[:-1], batches=given[-1])),
+    "rotated": first(lambda *given: q.rotate(*given[:-1])),
 }
 log4_2 = Format(Logarithmic(4))
 wide2 = Format(Linear(2, narrow=False))
@@ -89,7 +106,8 @@ GROUP = 32
 FEW = (*NEAREST, "AWQ", *FITTED, "GPTQ, drift")
 TEXTS: dict[Any, tuple[str, ...]] = {
     q.int8: ("nearest",),
-    q.w8a8: ("nearest",),
+    q.w8a8: ("nearest", *MOVED),
+    q.int4.with_activations("int4"): ("nearest", *MOVED),
     q.int4.grouped(GROUP): (*FEW, "QAT"),
     q.uint4.grouped(GROUP): (*FEW, "HQQ"),
     q.uint4.grouped(GROUP // 2): ("nearest", "GPTQ", "GPTQ, drift"),
@@ -99,6 +117,8 @@ TEXTS: dict[Any, tuple[str, ...]] = {
     q.int3.grouped(GROUP): (*FEW, "QAT"),
     uint3.grouped(GROUP): (*FEW, "HQQ"),
 }
+# Of keys and values, read back as they were rounded.
+CACHES = (q.int8, q.fp8, q.uint4, q.int4)
 
 
 def kernels(fmt: Any) -> dict[str, Any]:
@@ -175,6 +195,7 @@ def run(c: Config) -> None:
                 train = {"QAT": functools.partial(trained_text, c, more[:, :-1])}
                 fn = model.apply
                 table.fill(name, fn, params, batches, score, TEXTS, products, train)
+                table.caches(name, model, params, score)
     print("\n".join(table.lines()))
 
 
@@ -207,7 +228,7 @@ class Table:
         known = {(r["subject"], r["format"], r["algorithm"]) for r in self.rows}
         if (subject, "float32", "") not in known:
             self.add(subject, "float32", "", score(fn, params), params, params, 0.0)
-        algorithms = {**NEAREST, **FITTED, **OTHERS, **more}
+        algorithms = {**NEAREST, **FITTED, **OTHERS, **MOVED, **more}
         for fmt, names in formats.items():
             for name in names:
                 if (subject, fmt.name, name) in known:
@@ -220,6 +241,24 @@ class Table:
                 seconds = time.perf_counter() - begin
                 value = score(new_fn, new)
                 self.add(subject, fmt.name, name, value, params, new, seconds)
+
+    def caches(self, subject: str, model: Any, params: Any, score: Callable) -> None:
+        """Adds the rows of keys and values; the bits are those of a cache."""
+        known = {(r["subject"], r["format"], r["algorithm"]) for r in self.rows}
+        for fmt in CACHES:
+            if (subject, fmt.name, "keys and values") in known:
+                continue
+
+            def fn(params: Any, tokens: Any, fmt: Format = fmt) -> Any:
+                cache = init_cache(model.config, *tokens.shape)
+                return model.apply(params, tokens, q.quantize_cache(cache, fmt))[0]
+
+            whole = init_cache(model.config, 1, self.c.length)
+            small = q.quantize_cache(whole, fmt)
+            begin = time.perf_counter()
+            value = score(fn, params)
+            seconds = time.perf_counter() - begin
+            self.add(subject, fmt.name, "keys and values", value, whole, small, seconds)
 
     def add(
         self,

@@ -31,8 +31,9 @@ def config(monkeypatch, tmp_path):
     rows = {q.int4: ("nearest", "GPTQ"), q.Codebook(4, dim=2): ("GPTQ",)}
     monkeypatch.setattr(quantization, "PICTURES", rows)
     monkeypatch.setattr(quantization, "TRAINED", {q.int3: ("QAT",)})
-    texts = {q.int4.grouped(32): ("nearest", "QAT")}
+    texts = {q.int4.grouped(32): ("nearest", "QAT"), q.w8a8: quantization.MOVED}
     monkeypatch.setattr(quantization, "TEXTS", texts)
+    monkeypatch.setattr(quantization, "CACHES", (q.int8,))
     return Config(
         data=tmp_path,
         images=64,
@@ -71,6 +72,9 @@ def test_it_writes_every_row_and_goes_on_where_it_stopped(config, monkeypatch, c
         ("own", "float32", ""),
         ("own", "int4 groups of 32", "nearest"),
         ("own", "int4 groups of 32", "QAT"),
+        ("own", "w8a8", "SmoothQuant"),
+        ("own", "w8a8", "rotated"),
+        ("own", "int8", "keys and values"),
     ]
     assert all(np.isfinite(r["score"]) and r["bytes"] > 0 for r in rows)
     assert rows[1]["bits"] < 0.3 * rows[0]["bits"]
