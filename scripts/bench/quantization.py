@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+from rich.progress import track
 
 from jaxeff import data, quantization as q, tree
 from jaxeff.distillation import distill_loss, response_loss, taught
@@ -360,7 +361,7 @@ def trained_text(
         return optax.apply_updates(train, updates), state
 
     state, order = tx.init(train), np.random.default_rng(0)
-    for _ in range(c.text_steps):
+    for _ in track(range(c.text_steps), f"training {c.text_steps} steps"):
         chosen = order.choice(len(tokens), 16, replace=False)
         train, state = step(train, state, jnp.asarray(tokens[chosen]))
     return q_fn, q.convert(tree.combine(train, frozen))
