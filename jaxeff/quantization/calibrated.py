@@ -21,7 +21,7 @@ from .formats import Format
 from .gptq import gptq_groups, gptq_matrix
 from .gptq_codes import gptq_codes
 from .log import Log
-from .quantize import check_formats, choose, Formats, quantize
+from .quantize import check_fit, check_formats, choose, Formats, quantize
 from .rescale import rescale_by_error
 from .scales import Scales
 
@@ -197,6 +197,7 @@ def awq(
     check_formats(formats)
     check_values(params, "awq")
     choices = choose(fn, params, args, formats)
+    check_fit(fit, choices)
     given = check_batches(batches)
     known = {c.path: c.format for c in choices if isinstance(c.format, Format)}
     scaled = rescale_by_error(

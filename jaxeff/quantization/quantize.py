@@ -28,7 +28,7 @@ from .linear import Linear
 from .log import Log
 from .products import longest_sum
 from .ranges import activation_scales
-from .scales import Scales
+from .scales import method_for, Scales
 from .vector import VectorArray
 
 Formats = AnyFormat | Mapping[str, AnyFormat | None]
@@ -65,8 +65,8 @@ def quantize(
         fit: how the scale of a block is found: "absmax", so that nothing is clipped;
             "mse", by the least squared error of the weights; "output", by that of
             the outputs, as far as the mean square of each input tells; "hqq", for
-            formats with a zero point, by one that is no integer. Codebooks are fitted
-            to "output" or else to the weights.
+            formats with a zero point, by one that is no integer ("mse" for others
+            beside them). Codebooks are fitted to "output" or else to the weights.
         batches: tuples of arguments, for "output" and for formats whose activations
             have a range.
         log: collects format, error and time of each weight.
@@ -82,6 +82,7 @@ def quantize(
     """
     check_formats(formats)
     choices = choose(fn, params, args, formats)
+    check_fit(fit, choices)
     given = None if batches is None else list(batches)
     x_scales = activation_scales(fn, params, given, choices)
     weighed = None
@@ -102,6 +103,16 @@ def check_formats(formats: Any) -> None:
                 f"or a `Codebook`, got {f!r}. Pass one for all weights, or a dict from "
                 "patterns to them."
             )
+
+
+def check_fit(fit: str, choices: list[Choice]) -> None:
+    """Refuses "hqq" where no format has a zero point."""
+    grids = [c.format.grid for c in choices if isinstance(c.format, Format)]
+    if fit == "hqq" and grids and not any(g.has_zero_point for g in grids):
+        raise ValueError(
+            f'"hqq" moves zero points, and {grids[0].name} has none: choose `uint4` or '
+            'another asymmetric format, or "mse".'
+        )
 
 
 def apply(
@@ -163,6 +174,8 @@ def round_weight(
         fit, scales, importance: as for `apply`, for this one.
     """
     c, format = choice, choice.format
+    if isinstance(format, Format):
+        fit = method_for(format, fit)
     if isinstance(format, Codebook):
         round_it = lambda w: _learn(w, format, c.contract, c.batch, importance)
     elif scales is not None:

@@ -274,7 +274,8 @@ def _lost(
     fit: str,
 ) -> Float[Array, ""]:
     """The squared error of outputs when weights times `by` are rounded."""
-    found = scaling_of.fit(w * by, format, shared, (0,), method=fit)
+    method = scaling_of.method_for(format, fit)
+    found = scaling_of.fit(w * by, format, shared, (0,), method=method)
     off = scaling_of.apply(w * by, found, format.grid) / by - w
     return jnp.einsum("grc,gcd,grd->", off, h, off, precision="highest")
 

@@ -99,6 +99,14 @@ def fit(
     return jax.lax.fori_loop(0, _TRIED, better, (error(first), first))[1]
 
 
+def method_for(format: Format, fit: str) -> str:
+    """How scales of a format are found where "hqq" is asked for of several formats.
+
+    That is for those with a zero point; the others go by the least squared error.
+    """
+    return "mse" if fit == "hqq" and not format.grid.has_zero_point else fit
+
+
 def _half_quadratic(
     w: Float[Array, "..."], start: Scales, format: Format, shared: Sequence[int]
 ) -> Scales:

@@ -1,3 +1,4 @@
+import functools
 import inspect
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from jaxeff import tree
 from jaxeff.program import dense, is_leaf, lift, lift_report
 from jaxeff.quantization import (
+    awq,
     int4,
     int8,
     Linear,
@@ -281,3 +283,16 @@ def test_a_weight_of_no_numbers_stays(sizes):
     np.testing.assert_allclose(q_fn(q, x), fn(params, x), rtol=0.02)
     with pytest.raises(ValueError, match="none can be quantized: a: it has no numbers"):
         quantize(fn, params, x, formats={"a": int8})
+
+
+def test_free_zero_points_are_for_the_formats_that_have_some(normal):
+    params, x = {"a": normal(32, 16), "b": normal(16, 8)}, normal(4, 32)
+    fn = lambda p, x: x @ p["a"] @ p["b"]
+    formats = {"a": int8, "b": uint4}
+    _, q = quantize(fn, params, x, formats=formats, fit="hqq")
+    assert q["b"].zero.dtype == jnp.float16  # no integer
+    _, mse = quantize(fn, params, x, formats=formats, fit="mse")
+    np.testing.assert_array_equal(q["a"].scale, mse["a"].scale)
+    for run in (quantize, functools.partial(awq, batches=[(x,)])):
+        with pytest.raises(ValueError, match='"hqq" moves zero points, and int8 has'):
+            run(fn, params, x, formats=int8, fit="hqq")
