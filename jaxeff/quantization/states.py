@@ -1,4 +1,4 @@
-"""Optimizer states in 8 or 4 bits, whatever the optimizer.
+"""Optimizer states in 8 or 4 bits, for every optimizer whose moments optax names.
 
 `compress_state` wraps an optax transformation: its moments rest in few bits, with a
 scale for each block of neighbours, and are decoded for the length of an update.

@@ -29,6 +29,7 @@ from tests.pruning.sparse import at, close, COVERED, example, OPTIMIZERS, SHAPES
 
 # Of this module, what takes longer than 5 s.
 SLOW = {
+    "test_the_number_of_weights_stays_and_those_that_stay_train_as_ever[adafactor]",
     "test_the_number_of_weights_stays_and_those_that_stay_train_as_ever[adamw]",
     "test_a_compressed_state_is_refused_and_compresses_outside",
     "test_the_number_of_weights_stays_and_those_that_stay_train_as_ever[momentum]",

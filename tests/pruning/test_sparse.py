@@ -60,6 +60,7 @@ STACKS = {
 stacks = pytest.mark.parametrize("make", STACKS.values(), ids=list(STACKS))
 
 
+@pytest.mark.slow
 @given(
     bits=st.sampled_from([1, 2, 4, 8]),
     n=st.sampled_from([0, 1, 7, 16]),

@@ -32,6 +32,7 @@ from tests.pruning.sparse import at, close, COVERED, example, OPTIMIZERS, step
 
 # Of this module, what takes longer than 5 s.
 SLOW = {
+    "test_it_trains_as_the_model_without_the_dropped_weights_would[adamw]",
     "test_it_trains_as_the_model_without_the_dropped_weights_would[momentum]",
 }
 

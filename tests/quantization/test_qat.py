@@ -30,6 +30,7 @@ from jaxeff.quantization.qat import rounded
 
 # Of this module, what takes longer than 5 s.
 SLOW = {
+    "test_how_fast_a_range_trains_does_not_hang_on_the_batch",
     "test_activations_are_rounded_with_scales_that_train",
     "test_the_derivatives_are_those_of_the_paper",
 }

@@ -78,8 +78,8 @@ CASES = {
     "sparsegpt": lambda p, x, **k: pruning.sparsegpt(stack, p, x, batches=[(x,)], **k),
     "wanda": lambda p, x, **k: pruning.wanda(stack, p, x, batches=[(x,)], **k),
 }
-SLOW = ("adaround", "scales of 8 bits", "wanda")
-BY_NAME = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES]
+LONGER = ("adaround", "scales of 8 bits", "wanda")
+BY_NAME = [pytest.param(n, marks=pytest.mark.slow) if n in LONGER else n for n in CASES]
 
 
 @pytest.mark.parametrize("name", BY_NAME)
