@@ -23,7 +23,6 @@ from tests.parallelism.models import (
 )
 
 SLOW = {
-    "test_value_gradient_and_ten_steps_are_those_of_one_device[gpt]",
     f"test_value_gradient_and_ten_steps_are_those_of_one_device[{name}]"
     for name in ("bert", "llama", "llama scanned", "vit", "resnet20", "mobilenet")
 } | {
