@@ -10,7 +10,7 @@ with one factor that is exact in bfloat16 to begin with.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from . import blocks, kernels
 from .linear import Linear
 
 OUTPUTS = (128, 512)  # that are decoded at a time
-INPUTS = (1, 32)
+INPUTS = (1, 32, 256)
 _PARTS = 3  # bfloat16 has 8 bits of a float32's 24
 
 
@@ -62,18 +62,30 @@ def of(q: Any, x: Array, dot: Dot) -> dict[str, Callable[[], Any]]:
 
 def _by_planes(q: Any, x: Array, dot: Dot) -> Array:
     """Codes that share a byte are multiplied apart, so that none is moved."""
+    return _joined(q, _parts(q, x, dot), x, dot)
+
+
+def _parts(q: Any, x: Array, dot: Dot) -> list[Array]:
+    """The products with each of the codes that share a byte, for `_joined`."""
     planes, d = q.planes(), dot.dims
     dim = None if q.packed is None else q.packed + q.ndim
     if not planes or dim in d.w_batch:
-        return q.dot(x, dot)
-    n = len(planes)
-    if dim in d.w_contract:
-        at = d.x_contract[d.w_contract.index(dim)]
-        parts = [jax.lax.slice_in_dim(x, i, None, n, at) for i in range(n)]
-        pairs = zip(planes, parts, strict=True)
-        return functools.reduce(jnp.add, [plane.dot(x, dot) for plane, x in pairs])
-    place = dot.output_dims(x.ndim, q.ndim)["w"][d.w_free(q.ndim).index(dim)]
-    y = jnp.stack([plane.dot(x, dot) for plane in planes], place + 1)
+        return [q.dot(x, dot)]
+    if dim not in d.w_contract:
+        return [plane.dot(x, dot) for plane in planes]
+    n, at = len(planes), d.x_contract[d.w_contract.index(dim)]
+    parts = [jax.lax.slice_in_dim(x, i, None, n, at) for i in range(n)]
+    pairs = zip(planes, parts, strict=True)
+    return [functools.reduce(jnp.add, [plane.dot(x, dot) for plane, x in pairs])]
+
+
+def _joined(q: Any, parts: Sequence[Array], x: Array, dot: Dot) -> Array:
+    """Where codes that share a byte are of several outputs, these put in order."""
+    if len(parts) == 1:
+        return parts[0]
+    free = dot.dims.w_free(q.ndim)
+    place = dot.output_dims(x.ndim, q.ndim)["w"][free.index(q.packed + q.ndim)]
+    y = jnp.stack(parts, place + 1)
     return y.reshape(*y.shape[:place], -1, *y.shape[place + 2 :])
 
 
@@ -93,13 +105,14 @@ def _by_inputs(q: Any, x: Array, dot: Dot, size: int) -> Array:
     params = {**dot.params, "preferred_element_type": wide}
     inner = dataclasses.replace(dot, params=params)
 
-    def product(i: Any) -> Array:
+    def products(i: Any) -> list[Array]:
         part = jax.lax.dynamic_slice_in_dim(x, i * size, size, at)
-        return _by_planes(q.piece(dim, i, size), part, inner)
+        return _parts(q.piece(dim, i, size), part, inner)
 
-    start = jnp.zeros_like(jax.eval_shape(product, 0))
-    add = lambda i, total: total + product(i)
-    return jax.lax.fori_loop(0, q.shape[dim] // size, add, start)
+    start = jax.tree.map(jnp.zeros_like, jax.eval_shape(products, 0))
+    add = lambda i, totals: jax.tree.map(jnp.add, totals, products(i))
+    totals = jax.lax.fori_loop(0, q.shape[dim] // size, add, start)
+    return _joined(q, totals, x, dot)
 
 
 def _in_parts(q: Any, x: Array, dot: Dot) -> Array:
