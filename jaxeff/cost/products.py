@@ -45,9 +45,9 @@ class TimedProduct:
         product: format and shape of the weight, shape of what it meets.
         count: how often it stands in the program.
         form: in which it runs.
-        times: of each form its seconds, the lower quartile; `dense` is the product with the weight
-            decoded beforehand, which takes the memory of a dense weight: no form, but
-            what these compare with.
+        times: of each form its seconds, the lower quartile; `dense` is the product
+            with the weight decoded beforehand, which takes the memory of a dense
+            weight: no form, but what these compare with.
     """
 
     product: str

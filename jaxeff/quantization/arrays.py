@@ -186,25 +186,30 @@ class QArray(Leaf):
         scale = beside(scaling.real(self.scales))
         return (numbers * scale).astype(self.dtype)
 
-    def dot(self, x: Array, dot: Dot) -> Any:
-        """`dot(x, self.dense())`, `x` rounded first where the format says so."""
+    def dot(self, x: Array, dot: Dot, rounding: Callable | None = None) -> Any:
+        """`dot(x, self.dense())`, `x` rounded first where the format says so.
+
+        Args:
+            x, dot: the product.
+            rounding: another `products.round_activations`.
+        """
         if not _multiplies(x):
             return NotImplemented
         dtype = jnp.promote_types(x.dtype, self.dtype)
         out = dot.params["preferred_element_type"] or dtype
-        x, contract = x.astype(dtype), dot.dims.w_contract
-        grouped = any(self._lengths[d] > 1 for d in contract)
+        x = x.astype(dtype)
+        grouped = self.sums_groups(dot)
         if grouped and self.activations is None:
             # Decoding the weight beats a sum over one small product per group.
             return dot(x, self.dense().astype(dtype)).astype(out)
         if grouped:
             y = self._sum_of_groups(x, dot)
             return y if y is NotImplemented else y.astype(out)
-        return products.dot(x, *self._factor(), dot).astype(out)
+        return products.dot(x, *self._factor(), dot, rounding).astype(out)
 
     def forms(self, x: Array, dot: Dot) -> dict[str, Callable[[], Any]]:
-        """Where activations are not rounded; see `forms.py`."""
-        return {} if self.activations or not _multiplies(x) else forms.of(self, x, dot)
+        """Other ways to multiply; see `forms.py`."""
+        return forms.of(self, x, dot) if _multiplies(x) else {}
 
     def can_cut(self, dim: int, size: int) -> bool:
         """Whether pieces of that length cut no byte and no block under one scale."""
@@ -276,6 +281,10 @@ class QArray(Leaf):
     @property
     def _x_grid(self) -> Grid | None:
         return None if self.activations is None else named(self.activations)
+
+    def sums_groups(self, dot: Dot) -> bool:
+        """Whether a product is a sum of one for each group of inputs."""
+        return any(self._lengths[d] > 1 for d in dot.dims.w_contract)
 
     def _sum_of_groups(self, x: Array, dot: Dot) -> Any:
         """Each group is a product of its own, with activations rounded for it alone."""

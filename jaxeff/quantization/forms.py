@@ -20,6 +20,7 @@ from jaxtyping import Array
 from jaxeff.program import Dot
 
 from . import blocks, kernels
+from .grids import named
 from .linear import Linear
 
 OUTPUTS = (128, 512)  # that are decoded at a time
@@ -29,10 +30,14 @@ _PARTS = 3  # bfloat16 has 8 bits of a float32's 24
 
 def of(q: Any, x: Array, dot: Dot) -> dict[str, Callable[[], Any]]:
     """The forms of `q.dot(x, dot)`, a `QArray`'s product, but that one itself."""
+    if q.activations is not None:
+        if jax.default_backend() == "tpu" and not unfit_rows(q, x, dot):
+            return {"rows rounded by a kernel": lambda: by_rows(q, x, dot)}
+        return {}
     dtype = jnp.promote_types(x.dtype, q.dtype)
     out = dot.params["preferred_element_type"] or dtype
     found: dict[str, Callable[[], Any]] = {}
-    grouped = any(q.scale.shape[d] > 1 for d in dot.dims.w_contract)
+    grouped = q.sums_groups(dot)
     if not grouped:
         if q.dtype == jnp.float32:  # or decoding would round
             found["decoded first"] = lambda: dot(x.astype(dtype), q.dense())
@@ -210,3 +215,29 @@ def _run_kernel(q: Any, x: Array, dot: Dot, interpret: bool) -> Array:
     if dot.weight_first:
         y = jnp.moveaxis(y, range(len(free)), range(-len(free), 0))
     return y
+
+
+def unfit_rows(q: Any, x: Array, dot: Dot) -> str:
+    """Why no kernel rounds what it is multiplied with; empty where one does."""
+    grid = named(q.activations)
+    if not (isinstance(grid, Linear) and grid.symmetric and grid.narrow):
+        return "kernels round to symmetric integers"
+    if q.x_scale is not None or q.sums_groups(dot):
+        return "its rows have no scale that is found as they arrive"
+    n = len(dot.dims.x_contract)
+    if set(dot.dims.x_contract) != set(range(x.ndim - n, x.ndim)):
+        return "what is summed are not the last dims"
+    return kernels.unfit_rows(math.prod(x.shape[x.ndim - n :]))
+
+
+def by_rows(q: Any, x: Array, dot: Dot, *, interpret: bool = False) -> Array:
+    """The product with rows rounded by `kernels.round_rows`."""
+
+    def rounding(x: Array, shared: Sequence[int], grid: Any, *_: Any) -> Any:
+        rows = x.shape[: x.ndim - len(shared)]
+        flat = x.reshape(math.prod(rows), -1)
+        top = int(grid.largest)
+        codes, scale = kernels.round_rows(flat, largest=top, interpret=interpret)
+        return codes.reshape(x.shape), scale.reshape(*rows, *[1] * len(shared))
+
+    return q.dot(x, dot, rounding)

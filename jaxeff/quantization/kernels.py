@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Integer
 
 _ROWS, _COLUMNS, _INPUTS = 256, 512, 512  # of a step, at most
+_NUMBERS = 2**20  # that are rounded in a step: float32, in four megabytes
 _LANES = 128  # what a tile's dims are multiples of, where they do not cover all
 
 
@@ -167,6 +168,15 @@ def _decode(codes: Array, half: int | None) -> Array:
     return ((codes.astype(jnp.int32) << (28 - 4 * half)) >> 28).astype(jnp.float32)
 
 
+def unfit_rows(inputs: int) -> str:
+    """Why `round_rows` cannot take rows of that length; empty where it can."""
+    if inputs == 0:
+        return "rows without numbers have no scale"
+    if 8 * inputs > _NUMBERS:
+        return f"eight rows of {inputs} numbers are more than the {_NUMBERS} of a step"
+    return ""
+
+
 @functools.partial(jax.jit, static_argnames=("largest", "interpret"))
 def round_rows(
     x: Float[Array, "rows inputs"], *, largest: int = 127, interpret: bool = False
@@ -182,9 +192,12 @@ def round_rows(
         interpret: run without an accelerator.
     """
     rows, k = x.shape
+    why = unfit_rows(k)
+    if why:
+        raise ValueError(f"no kernel rounds these rows: {why}. Leave it to XLA.")
     if rows == 0:
         return jnp.zeros((0, k), jnp.int8), jnp.zeros((0, 1), jnp.float32)
-    tm = min(rows, max(8, 2**20 // k // 8 * 8))  # float32, in four megabytes
+    tm = min(rows, _NUMBERS // k // 8 * 8)
     m = -(-rows // tm) * tm
     x = jnp.pad(x, ((0, m - rows), (0, 0)))
 

@@ -75,8 +75,16 @@ def longest_sum(a: Grid, b: Grid) -> int:
     return int((2**31 - 1) // math.prod(most))
 
 
-def dot(x: Array, w: Factor, kind: Kind, dot: Dot) -> Array:
-    """`dot(x, (numbers - zero) * scale)`, `x` rounded first if `kind` says so."""
+def dot(
+    x: Array, w: Factor, kind: Kind, dot: Dot, rounding: Callable | None = None
+) -> Array:
+    """`dot(x, (numbers - zero) * scale)`, `x` rounded first if `kind` says so.
+
+    Args:
+        x, w, kind, dot: the product.
+        rounding: what `round_activations` does, in another way.
+    """
+    rounding = rounding or round_activations
     out = _accumulate(dot.params, x)
     at = dot.output_dims(x.ndim, w.codes.ndim)
     ndim = sum(map(len, at.values()))
@@ -90,7 +98,7 @@ def dot(x: Array, w: Factor, kind: Kind, dot: Dot) -> Array:
     def rounded(x: Array, w: Factor) -> Array:
         assert kind.activations is not None
         pairs = zip(dot.dims.w_batch, dot.dims.x_batch, strict=True)
-        codes, x_scale = round_activations(
+        codes, x_scale = rounding(
             x, dot.dims.x_contract, kind.activations, w.x_scale, dict(pairs)
         )
         length = math.prod(x.shape[d] for d in dot.dims.x_contract)

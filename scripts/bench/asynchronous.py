@@ -36,6 +36,7 @@ from jaxeff.training import (
 from jaxeff.training.asynchronous import Asynchronous, Problem
 from jaxeff.training.cli import main
 from jaxeff.training.results import about, rows_so_far, write_json
+from scripts.bench.subjects import cosine
 
 TRAINABLE = "params/**"
 
@@ -67,12 +68,9 @@ def problem(c: Config) -> Problem:
     train, _ = data.load("fashion_mnist", c.data_dir)
     model = models.build("mobilenet")
     params = jax.jit(model.init)(jr.key(0), train.images[:1])
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, c.learning_rate, max(1, c.steps // 20), max(2, c.steps)
-    )
     return Problem(
         loss=classification_loss(forms(model, params)[1]),
-        tx=optax.adamw(rate),
+        tx=optax.adamw(cosine(c.learning_rate, c.steps)),
         params=params,
         batch=lambda n: next(data.batches(train, c.batch_size, start_step=n)),
         key=jr.key(1),

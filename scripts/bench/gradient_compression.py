@@ -25,13 +25,13 @@ import jax.random as jr
 import optax
 
 from jaxeff import data, parallelism
-from jaxeff.models import build
 from jaxeff.parallelism import audit, batch_sharding, Compression, make_mesh, replicate
 from jaxeff.program import table
-from jaxeff.training import fit, forms, init_state, make_train_step
+from jaxeff.training import fit, init_state, make_train_step
 from jaxeff.training.cli import main
 from jaxeff.training.language import language_loss, nats_per_token
 from jaxeff.training.results import about, rows_so_far, write_json
+from scripts.bench.subjects import cosine, language
 
 COMPRESSIONS: dict[str, Callable[..., Compression]] = {
     "in full": parallelism.average,
@@ -97,18 +97,13 @@ def measure(c: Config, name: str) -> dict[str, Any]:
     """Trains with one way."""
     mesh = make_mesh()
     devices = mesh.shape["data"]
-    train, held_back = data.text(c.data)
-    model = build("gpt", vocab_size=256, d_model=c.d_model, n_layers=c.n_layers)
+    task = language(c.data, d_model=c.d_model, n_layers=c.n_layers, length=c.length)
     to = batch_sharding(mesh, c.batch_size)
-    batches = data.windows(train, c.batch_size, c.length)
-    first = next(batches)
-    params = jax.jit(model.init)(jr.key(0), first[:, :-1])
-    eval_fn, train_fn = forms(model, params)
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, c.learning_rate, max(1, c.steps // 20), max(2, c.steps)
-    )
+    windows = lambda: data.windows(task.train, c.batch_size, c.length)
+    first, params = next(windows()), task.params
+    rate = cosine(c.learning_rate, c.steps)
     tx, compression = optimizer(name, rate, devices)
-    step = make_train_step(language_loss(train_fn), tx, per_device=mesh)
+    step = make_train_step(language_loss(task.train_fn), tx, per_device=mesh)
     state = init_state(params, tx, jr.key(1))
     compiled = jax.jit(step).lower(state, jax.device_put(first, to)).compile()
     # The loss, which every step averages too, is 4 bytes.
@@ -117,12 +112,12 @@ def measure(c: Config, name: str) -> dict[str, Any]:
     state = fit(
         step,
         replicate(state, mesh),
-        data.prefetch(data.windows(train, c.batch_size, c.length), to),
+        data.prefetch(windows(), to),
         steps=c.steps,
     )
     seconds = time.perf_counter() - began
-    fn = lambda params, tokens: eval_fn(params, tokens)
-    loss = nats_per_token(fn, jax.device_get(state.params), held_back, c.length)
+    trained = jax.device_get(state.params)
+    loss = nats_per_token(task.eval_fn, trained, task.held_back, c.length)
     return {
         "way": name,
         "loss": loss,

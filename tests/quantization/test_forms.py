@@ -14,6 +14,7 @@ from jaxeff.quantization import (
     int3,
     int4,
     int8,
+    kernels,
     log4,
     mxfp4,
     nf4,
@@ -178,3 +179,36 @@ def test_what_the_kernel_cannot_take_it_says(name):
     layout, fmt, why = UNFIT[name]
     q, _, dot = problem(layout, fmt)
     assert why in forms.unfit(q, dot)
+
+
+@pytest.mark.parametrize("weight_first", [False, True])
+@pytest.mark.parametrize("layout", ["inputs first", "heads", "to heads", "batch"])
+@pytest.mark.parametrize("fmt", [w8a8, int4.with_activations("int4")])
+def test_rows_rounded_by_a_kernel_give_the_same_product(
+    fmt, layout, weight_first, monkeypatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    q, x, dot = problem(layout, fmt, weight_first=weight_first)
+    assert list(q.forms(x, dot)) == ["rows rounded by a kernel"]
+    run = lambda x: forms.by_rows(q, x, dot, interpret=True)
+    np.testing.assert_array_equal(run(x), q.dot(x, dot))
+    slope = lambda f: jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))(x)
+    np.testing.assert_array_equal(slope(run), slope(lambda x: q.dot(x, dot)))
+
+
+def test_rows_that_no_kernel_rounds_have_no_form(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    q, x, dot = problem("inputs first", w8a8)
+    assert q.forms(x, dot)
+    for fmt, why in [
+        (int8.with_activations("e4m3"), "symmetric integers"),
+        (int8.grouped(32).with_activations("int8"), "no scale that is found"),
+    ]:
+        q, x, dot = problem("inputs first", fmt)
+        assert why in forms.unfit_rows(q, x, dot) and not q.forms(x, dot)
+    q, x, dot = problem("inputs first", w8a8)
+    turned = dataclasses.replace(dot, dims=DotDims((0,), (0,), (), ()))
+    assert "not the last" in forms.unfit_rows(q, x.T, turned)
+    static = dataclasses.replace(q, x_scale=jnp.ones((1, 1)))
+    assert "no scale" in forms.unfit_rows(static, x, dot)
+    assert "of a step" in kernels.unfit_rows(2**18)
