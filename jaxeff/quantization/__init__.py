@@ -20,6 +20,7 @@ from .formats import (
     int4 as int4,
     int8 as int8,
     log4 as log4,
+    log4_sqrt2 as log4_sqrt2,
     mxfp4 as mxfp4,
     mxfp6 as mxfp6,
     mxfp8 as mxfp8,

@@ -32,7 +32,7 @@ from jaxeff.distillation import distill_loss, response_loss, taught
 from jaxeff.models import init_cache
 from jaxeff.parallelism import batch_sharding, make_mesh, replicate
 from jaxeff.program import like
-from jaxeff.quantization import Codebook, Format, Linear, Logarithmic
+from jaxeff.quantization import Codebook, Format, Linear
 from jaxeff.training import (
     accuracy,
     classifier,
@@ -72,7 +72,6 @@ MOVED: dict[str, Callable] = {
     "SmoothQuant": first(lambda *given: q.smooth(*given[:-1], batches=given[-1])),
     "rotated": first(lambda *given: q.rotate(*given[:-1])),
 }
-log4_2 = Format(Logarithmic(4))
 wide2 = Format(Linear(2, narrow=False))
 uint3 = Format(Linear(3, symmetric=False))
 STATIC = "mse"  # how the range of activations is found
@@ -89,8 +88,8 @@ PICTURES: dict[Any, tuple[str, ...]] = {
     q.uint4: ("nearest", "GPTQ", "AdaRound"),
     q.int4.per_tensor(): ("nearest", "least error", "GPTQ"),
     q.int4.with_activations("int8", range=STATIC): ("nearest", "GPTQ", "AdaRound"),
-    log4_2: ("nearest", "least error", "GPTQ"),
-    q.log4: (*NEAREST, *FITTED),
+    q.log4: ("nearest", "least error", "GPTQ"),
+    q.log4_sqrt2: (*NEAREST, *FITTED),
     Codebook(4): ("nearest", "least output error", "GPTQ"),
     Codebook(3): ("nearest", "least output error", "GPTQ"),
     Codebook(6, dim=2): ("nearest", "GPTQ"),

@@ -4,14 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxeff.quantization import int4, log4, scales, uint4
+from jaxeff.quantization import int4, log4_sqrt2, scales, uint4
 from jaxeff.quantization.adaround import adaround_matrix
 from jaxeff.quantization.grids import neighbours
 from tests.quantization.problems import output_error, problem
 from tests.quantization.test_gptq import under
 
 
-@pytest.mark.parametrize("fmt", [int4, uint4, log4], ids=str)
+@pytest.mark.parametrize("fmt", [int4, uint4, log4_sqrt2], ids=str)
 def test_each_weight_goes_up_or_down_and_the_error_is_less(fmt):
     ratios = []
     for seed in range(3):

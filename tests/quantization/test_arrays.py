@@ -13,7 +13,7 @@ from jaxeff.quantization import (
     int3,
     int4,
     int8,
-    log4,
+    log4_sqrt2,
     mxfp4,
     mxfp6,
     nf4,
@@ -42,7 +42,7 @@ FORMATS = [
     w8a8,
     ROWS,
     uint4.grouped(4),
-    log4.per_tensor(),
+    log4_sqrt2.per_tensor(),
     mxfp6.grouped(4),
     nvfp4.grouped(4),
     nf4.grouped(4),
@@ -145,7 +145,7 @@ def test_a_scale_of_least_error_is_never_worse(fmt, normal):
     best = run_fit(w, fmt, (0,), fit="mse", importance=importance)
     assert jax.tree.structure(best) == jax.tree.structure(plain)
     assert jnp.all(error(best) <= error(plain) * (1 + 1e-6))
-    if fmt in (int4, log4.per_tensor()):
+    if fmt in (int4, log4_sqrt2.per_tensor()):
         assert error(best).sum() < 0.95 * error(plain).sum()
 
 

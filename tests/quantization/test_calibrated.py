@@ -15,7 +15,7 @@ from jaxeff.quantization import (
     gptq,
     int4,
     int8,
-    log4,
+    log4_sqrt2,
     nvfp4,
     QArray,
     quantize,
@@ -67,7 +67,7 @@ METHODS = {
     "groups on the way": lambda *a, **k: gptq(*a, **k, static_groups=False),
 }
 CODEBOOKS = [Codebook(4), Codebook(5, dim=2), Codebook(4, dim=4, stages=2)]
-FORMATS = [int4, int4.grouped(8), uint4.grouped(8), log4, nvfp4.grouped(8), w4a8]
+FORMATS = [int4, int4.grouped(8), uint4.grouped(8), log4_sqrt2, nvfp4.grouped(8), w4a8]
 FORMATS += CODEBOOKS
 
 

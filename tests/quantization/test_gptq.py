@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxeff.program import equations
-from jaxeff.quantization import int3, int4, log4, nf4, scales, uint4
+from jaxeff.quantization import int3, int4, log4_sqrt2, nf4, scales, uint4
 from jaxeff.quantization.gptq import gptq_groups, gptq_matrix
 from tests.quantization.problems import output_error, problem
 
@@ -50,7 +50,7 @@ def test_it_agrees_with_the_paper_in_float64(activation_order, block):
     assert abs(output_error(x, got, w) / output_error(x, want, w) - 1) < 0.02
 
 
-@pytest.mark.parametrize("fmt", [int4, uint4, log4, nf4.grouped(None)], ids=str)
+@pytest.mark.parametrize("fmt", [int4, uint4, log4_sqrt2, nf4.grouped(None)], ids=str)
 def test_every_entry_is_on_the_grid_and_the_error_is_less(fmt):
     ratios = []
     for seed in range(3):

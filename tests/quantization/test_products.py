@@ -13,7 +13,7 @@ from jaxeff.quantization import (
     int4,
     int8,
     Linear,
-    log4,
+    log4_sqrt2,
     nf4,
     quantize_array,
     uint4,
@@ -189,10 +189,10 @@ def on_grid(x, grid, scale):
 
 OTHERS = {
     "zero point": uint4,
-    "powers": log4,
+    "powers": log4_sqrt2,
     "table": nf4.grouped(None),
     "floats": w8a8_fp8,
-    "powers with integers": log4.with_activations("int8"),
+    "powers with integers": log4_sqrt2.with_activations("int8"),
     "zero point with integers": uint4.with_activations("int4"),
 }
 

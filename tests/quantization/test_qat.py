@@ -19,7 +19,7 @@ from jaxeff.quantization import (
     int3,
     int4,
     int8,
-    log4,
+    log4_sqrt2,
     QArray,
     quantize,
     uint4,
@@ -46,7 +46,7 @@ def mlp(params, x):
 
 
 @pytest.mark.parametrize(
-    "fmt", [int8, int3, int4.grouped(4), log4], ids=lambda f: f.name
+    "fmt", [int8, int3, int4.grouped(4), log4_sqrt2], ids=lambda f: f.name
 )
 def test_it_begins_with_what_quantize_gives_and_converts_to_it(fmt):
     fn, p = fake_quantize(mlp, PARAMS, X, formats=fmt)

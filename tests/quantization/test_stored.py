@@ -16,6 +16,7 @@ from jaxeff.quantization import (
     int4,
     int8,
     log4,
+    log4_sqrt2,
     mxfp4,
     mxfp6,
     mxfp8,
@@ -35,8 +36,9 @@ SLOW = {
 FORMATS = {
     f.name: f
     for f in (
-        int8, int4, int3, int2, uint4.grouped(16), w8a8, log4, fp8, nf4.grouped(16),
-        mxfp8, mxfp6, mxfp4, nvfp4, bfloat16, Codebook(4), Codebook(5, dim=4, stages=2),
+        int8, int4, int3, int2, uint4.grouped(16), w8a8, log4, log4_sqrt2, fp8,
+        nf4.grouped(16), mxfp8, mxfp6, mxfp4, nvfp4, bfloat16, Codebook(4),
+        Codebook(5, dim=4, stages=2),
         w8a8.with_activations("int8", range="mse"),
     )
 }  # fmt: skip
