@@ -36,6 +36,7 @@ from .per_device import (
     place_state as place_state,
     state_specs as state_specs,
 )
+from .pieces import Pieces as Pieces
 from .pipeline import (
     key_of as key_of,
     pipeline as pipeline,

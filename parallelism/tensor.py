@@ -9,7 +9,8 @@ coupling it can be counted on the trace: those that stay inside of a block send 
 for what they save, the width that runs through the whole model sends much. Of couplings
 that meet in a weight or in an array, the cheaper is split.
 
-For transformers this finds what was written by hand for them.
+For transformers this finds what was written by hand for them. A kernel that holds
+several in one (queries, keys and values) is kept as the several: see `pieces.py`.
 
 Source of the hand-written plan: Shoeybi et al. 2019, arXiv:1909.08053, section 3.
 """
@@ -22,9 +23,10 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from jaxeff import tree
-from jaxeff.program import Cut, equations, table, trace
+from jaxeff.program import Cut, equations, notes, Program, table, trace, unlift
 
 from .mesh import BATCH_AXES
+from .pieces import divide, divided, Division, joins, Pieces, Piecewise
 
 # What is in no product is split for its memory alone, from this part of all weights on:
 # an embedding is, and a table of positions is not worth a message.
@@ -63,6 +65,8 @@ class TensorPlan:
         axis: of the mesh.
         devices: of the axis.
         specs: by path, for every weight.
+        pieces: by path, for weights that hold several in one; the specs of these are
+            those of each piece that is split.
         splits: every coupling, in the order in which they were considered.
         grouped: kernels of grouped convolutions whose channels are not split.
     """
@@ -72,6 +76,7 @@ class TensorPlan:
     specs: Mapping[str, P]
     splits: tuple[Split, ...]
     grouped: tuple[str, ...] = ()
+    pieces: Mapping[str, Division] = dataclasses.field(default_factory=dict)
 
     @property
     def chosen(self) -> list[Split]:
@@ -114,7 +119,11 @@ class TensorPlan:
         rows.append(
             ("all", "", "", "", f"{self.forward:,}", f"{self.backward:,}", "split")
         )
-        return table(head, rows)
+        apart = [
+            (path, f"kept in {len(found.pieces)} pieces along dim {found.dim}")
+            for path, found in self.pieces.items()
+        ]
+        return "\n".join([table(head, rows), *notes(apart)])
 
 
 def _names(members: Sequence[tuple[str, int]]) -> str:
@@ -149,6 +158,36 @@ def plan_tensor(
     """
     program = trace(fn, params, *args, **kwargs)
     kept = set(tree.match(whole, program.shapes, what="weight")) if whole else set()
+    # Only running the function tells whether it takes pieces apart before it needs all.
+    together: frozenset[str] = frozenset()
+    while True:
+        plan = _plan(program, devices, axis, kept, together)
+        joined = joins(fn, divided(params, plan.pieces), args, kwargs)
+        if not joined:
+            break
+        together |= {plan.pieces[path].coupling for path in joined}
+    if not plan.chosen:
+        raise ValueError(
+            f"nothing of this function can be split among {devices} devices. Take a "
+            f"number that divides some size:\n{plan}"
+        )
+    return plan
+
+
+def _plan(
+    program: Program,
+    devices: int,
+    axis: str,
+    kept: set[str],
+    together: frozenset[str],
+) -> TensorPlan:
+    """The plan, given which weights stay whole and which couplings need all of them.
+
+    Args:
+        program, devices, axis: as of `plan_tensor`.
+        kept: paths.
+        together: names of couplings whose pieces are put together.
+    """
 
     def cost(cut: Cut) -> tuple[bool, float, int]:
         sent = cut.forward + cut.backward
@@ -160,6 +199,8 @@ def plan_tensor(
     for cut in sorted(program.cuts.all, key=cost):
         c = cut.coupling
         reason = _hindrance(cut, devices, program.shapes, kept, chosen)
+        if reason is None and c.name in together:
+            reason = "a weight holds it beside others, and they are used as one"
         if reason is None:
             chosen.append(cut)
         splits.append(
@@ -186,13 +227,13 @@ def plan_tensor(
         for site in program.sites
         if groups[site.where] > 1 and not any(specs[site.path])
     )
-    plan = TensorPlan(axis, devices, specs, tuple(splits), tuple(grouped))
-    if not plan.chosen:
-        raise ValueError(
-            f"nothing of this function can be split among {devices} devices. Take a "
-            f"number that divides some size:\n{plan}"
-        )
-    return plan
+    pieces = {
+        path: Division(dim, found, cut.coupling.name)
+        for cut in chosen
+        for (path, dim), found in cut.pieces.items()
+        if len(found) > 1
+    }
+    return TensorPlan(axis, devices, specs, tuple(splits), tuple(grouped), pieces)
 
 
 def shard(
@@ -205,7 +246,9 @@ def shard(
 ) -> tuple[Callable, Any]:
     """The function, and its weights split over the axis `tensor` of a mesh.
 
-    Under `jit` the compiler splits what is computed from them in the same way.
+    Under `jit` the compiler splits what is computed from them in the same way. Weights
+    that hold several in one, of which each is to be split, become `Pieces`: arrays of
+    their own that train like others; `program.dense` makes one array of them.
 
     Args:
         fn, params, args, kwargs, whole: as of `plan_tensor`.
@@ -231,11 +274,14 @@ def shard(
             f"{plan.grouped[0]} is not ({len(plan.grouped)} in all). Give tensor all "
             "devices, or none."
         )
-    return fn, place(params, plan, mesh)
+    placed = place(params, plan, mesh)
+    return (Piecewise(unlift(fn)) if plan.pieces else fn), placed
 
 
 def place(params: Any, plan: TensorPlan, mesh: Mesh) -> Any:
     """The weights on their devices, as a plan says.
+
+    Where the plan has pieces, the function that takes them is that of `shard`.
 
     Raises:
         ValueError: the plan is for other weights.
@@ -245,12 +291,20 @@ def place(params: Any, plan: TensorPlan, mesh: Mesh) -> Any:
             f"the plan is for other weights than these: {sorted(other)[0]} is in one "
             "of the two alone. Make a plan for these."
         )
-    shardings = {
-        path: NamedSharding(mesh, plan.specs[path]) for path in tree.paths(params)
-    }
-    flat, structure = jax.tree.flatten(params)
-    put = [jax.device_put(x, s) for x, s in zip(flat, shardings.values(), strict=True)]
-    return jax.tree.unflatten(structure, put)
+
+    def put(path: str, x: Any) -> Any:
+        spec = plan.specs[path]
+        to = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+        found = plan.pieces.get(path)
+        if found is None:
+            return to(x, spec)
+        left = P(*(None if d == found.dim else a for d, a in enumerate(spec)))
+        specs = [spec if cut else left for _, cut in found.pieces]
+        x = divide(x, found)
+        return Pieces(tuple(map(to, x.arrays, specs)), x.dim)
+
+    new = [put(path, x) for path, x in tree.paths(params).items()]
+    return jax.tree.unflatten(jax.tree.structure(params), new)
 
 
 def _hindrance(
@@ -264,8 +318,8 @@ def _hindrance(
     c = cut.coupling
     if c.size % devices:
         return f"{c.size} does not divide by {devices}"
-    if not cut.even:
-        return "its indices are not in one piece on each device"
+    if not all(cut.pieces.values()):
+        return "its indices are in too many pieces"
     paths = [path for path, _ in c.members]
     if pinned := [path for path in paths if path in kept]:
         return f"{pinned[0]} is to stay whole"

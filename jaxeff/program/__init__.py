@@ -56,6 +56,7 @@ from .resize import (
     Plan as Plan,
     resize as resize,
 )
+from .rules import is_elementwise as is_elementwise
 from .saved import (
     describe as describe,
     is_original as is_original,

@@ -14,12 +14,16 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from .couplings import Coupling, couplings_of, solved
-from .dims import atoms, Dim, find
+from .dims import atoms, Dim, find, product
 from .flops import equation_flops, MATMULS
 from .interpret import is_inexact
 from .rule import Dims
 from .solve import Solver
 from .walk import bodies, equations, Where
+
+# How long the parts of a dim are, and whether each is cut.
+Pieces = tuple[tuple[int, bool], ...]
+_MOST_PIECES = 16
 
 _last = lambda n: lambda eqn: range(eqn.invars[0].aval.ndim)[-n(eqn) :]
 _one = lambda key: lambda eqn: (eqn.params[key],)
@@ -49,7 +53,10 @@ class Cut:
 
     Attributes:
         coupling: what is cut.
-        even: whether equal pieces of the weights' dims are equal pieces of it.
+        pieces: for each member, (path of a weight, dim of it), what is to be cut
+            there, one after another: how long it is, and whether equal parts of it are
+            equal parts of the coupling (if not, it has none of it). Empty where the
+            dim holds the coupling in another way.
         meets: names of the couplings that some array has beside it.
         met: whether any operation has it.
         serial: the primitive that goes along it, index by index, or nothing.
@@ -60,7 +67,7 @@ class Cut:
     """
 
     coupling: Coupling
-    even: bool
+    pieces: Mapping[tuple[str, int], Pieces]
     meets: frozenset[str]
     met: bool
     serial: str
@@ -102,10 +109,10 @@ def find_cuts(jaxpr: ClosedJaxpr, weights: Sequence[str | None]) -> Cuts:
     found = []
     for c in couplings:
         n = counted[find(c.atom)]
-        even = all(_leads(dims[path][d], c.atom) for path, d in c.members)
+        pieces = {(path, d): _pieces(dims[path][d], c.atom) for path, d in c.members}
         meets = frozenset(names[a] for a in n.meets)
         found.append(
-            Cut(c, even, meets, n.met, n.serial, n.flops, n.forward, n.backward)
+            Cut(c, pieces, meets, n.met, n.serial, n.flops, n.forward, n.backward)
         )
     return Cuts(tuple(found), dims)
 
@@ -218,9 +225,33 @@ def _visit(
         learns.update(dict.fromkeys(eqn.outvars, any(floats)))
 
 
-def _leads(d: Dim, atom: Dim) -> bool:
-    """Whether cutting a dim into equal pieces cuts the atom so."""
-    d, atom = find(d), find(atom)
-    while d.kind == "prod":
-        d = find(d.parts[0])
-    return d is atom
+def _pieces(d: Dim, atom: Dim) -> Pieces:
+    """How long the parts of a dim are, and whether equal cuts of them cut the atom so.
+
+    Empty where there are too many.
+    """
+    found = tuple(_runs(d, find(atom)))
+    together = []
+    for size, cut in found:
+        if together and not cut and not together[-1][1]:
+            size += together.pop()[0]
+        together.append((size, cut))
+    return tuple(together) if len(together) <= _MOST_PIECES else ()
+
+
+def _runs(d: Dim, atom: Dim) -> Iterator[tuple[int, bool]]:
+    d = find(d)
+    if atom not in map(find, atoms(d)):
+        yield d.size, False
+    elif d is atom:
+        yield d.size, True
+    elif d.kind == "cat":
+        for part in d.parts:
+            yield from _runs(part, atom)
+    else:
+        first, rest = d.parts[0], product(d.parts[1:])
+        if atom in map(find, atoms(first)):
+            yield from ((n * rest.size, cut) for n, cut in _runs(first, atom))
+        else:
+            for _ in range(min(find(first).size, _MOST_PIECES + 1)):
+                yield from _runs(rest, atom)

@@ -343,6 +343,11 @@ RULES: dict[str, Rule] = {
 }
 
 
+def is_elementwise(eqn: JaxprEqn) -> bool:
+    """Whether each number of its outputs follows from those in the same place."""
+    return eqn.primitive.name in _ELEMENTWISE
+
+
 def rule_of(eqn: JaxprEqn) -> Rule:
     """The rule of an equation's primitive; one that fixes all it touches if none."""
     return RULES.get(eqn.primitive.name, unknown)

@@ -156,17 +156,6 @@ def test_where_nothing_can_be_split_it_says_why():
         plan_tensor(fn, params, x, devices=7)
 
 
-def test_a_fused_kernel_is_left_whole_rather_than_cut_across():
-    def fn(w, x):
-        q, k, v = jnp.split(x @ w["qkv"], 3, -1)
-        return jax.nn.relu(q * k + v) @ w["out"]
-
-    params = {"qkv": jnp.ones((8, 24)), "out": jnp.ones((8, 6))}
-    plan = plan_tensor(fn, params, jnp.ones((2, 8)), devices=2)
-    assert plan.specs["qkv"][1] is None
-    assert "not in one piece on each device" in str(plan)
-
-
 def test_what_goes_along_a_dim_keeps_it_whole():
     def fn(w, x):
         return jnp.cumsum(x @ w["in"], -1) @ w["out"]
