@@ -22,7 +22,8 @@ from jaxeff import tree
 from jaxeff.program import Conv, dense, Dot, is_leaf, Leaf, lift, Rewritten, trace
 from jaxeff.tree import pytree, static
 
-from .parts import Spec, spec_of, split_once_more
+from .grouped import check_grouped, copying_axes, grouped_sites
+from .parts import axes_of, Spec, spec_of, split_once_more
 
 
 @pytree
@@ -174,15 +175,18 @@ def fully_shard(
 
     Raises:
         ValueError: no weight can be split among so many devices, or a pattern matches
-            no weight.
+            no weight; or XLA would get the gradient of a grouped convolution wrong,
+            see `grouped.py`.
     """
     devices = mesh.shape[axis]
     weights = tree.paths(params, is_leaf)
     kept = set(tree.match(whole, weights)) if whole else set()
-    if devices > 1:
-        scanned = trace(fn, params, *args, **kwargs).scanned
-    else:
-        scanned = {}
+    scanned = {}
+    if devices > 1 or copying_axes(mesh):
+        program = trace(fn, params, *args, **kwargs)
+        scanned = program.scanned
+        over = lambda path: axes_of(weights[path])
+        check_grouped(grouped_sites(program), mesh, split=over)
 
     def stored(path: str, w: Any) -> Spec:
         """How an array is to be stored."""

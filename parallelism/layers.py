@@ -30,6 +30,7 @@ from jaxeff.program import Chain, Crossing, is_leaf, Piece, shapes, table, Weigh
 from jaxeff.tree import pytree
 
 from .balance import balance
+from .grouped import check_function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,9 +347,11 @@ def layer_parallel(
 
     Raises:
         ValueError: there are not enough places to cut, or the plan is for another
-            number of devices; when called, if operands make another program.
+            number of devices; or XLA would get the gradient of a grouped convolution
+            wrong, see `grouped.py`; when called, if operands make another program.
     """
     devices = mesh.shape["pipe"]
+    check_function(fn, mesh, params, *args, manual={"pipe"}, **kwargs)
     chain = Chain(fn, params, args, kwargs)
     plan = _plan(chain, devices, crossing, slack) if plan is None else plan
     if len(plan.flops) != devices:

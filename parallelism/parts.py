@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 from jax.sharding import NamedSharding
 
 # A mesh axis, several of them, or None for each dim.
@@ -15,6 +16,12 @@ def spec_of(w: Any) -> Spec:
     sharding = getattr(w, "sharding", None)
     given = tuple(sharding.spec) if isinstance(sharding, NamedSharding) else ()
     return given + (None,) * (w.ndim - len(given))
+
+
+def axes_of(weight: Any) -> set[str]:
+    """The axes over which any array of a weight is split."""
+    entries = [a for w in jax.tree.leaves(weight) for a in spec_of(w) if a]
+    return {name for a in entries for name in ((a,) if isinstance(a, str) else a)}
 
 
 def split_once_more(

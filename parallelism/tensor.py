@@ -23,9 +23,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from jaxeff import tree
-from jaxeff.program import Cut, equations, notes, Program, table, trace, unlift
+from jaxeff.program import Cut, notes, Program, Site, table, trace, unlift
 
-from .mesh import BATCH_AXES
+from .grouped import check_function, check_grouped, grouped_sites
 from .pieces import divide, divided, Division, joins, Pieces, Piecewise
 
 # What is in no product is split for its memory alone, from this part of all weights on:
@@ -68,14 +68,14 @@ class TensorPlan:
         pieces: by path, for weights that hold several in one; the specs of these are
             those of each piece that is split.
         splits: every coupling, in the order in which they were considered.
-        grouped: kernels of grouped convolutions whose channels are not split.
+        grouped: the places of grouped convolutions.
     """
 
     axis: str
     devices: int
     specs: Mapping[str, P]
     splits: tuple[Split, ...]
-    grouped: tuple[str, ...] = ()
+    grouped: tuple[Site, ...] = ()
     pieces: Mapping[str, Division] = dataclasses.field(default_factory=dict)
 
     @property
@@ -214,26 +214,18 @@ def _plan(
                 reason,
             )
         )
-    groups = {
-        where: eqn.params.get("feature_group_count", 1)
-        for where, eqn, _ in equations(program.jaxpr)
-    }
     specs = {
         path: P(*(axis if cut else None for cut in program.cuts.touched(path, chosen)))
         for path in program.shapes
     }
-    grouped = dict.fromkeys(
-        site.path
-        for site in program.sites
-        if groups[site.where] > 1 and not any(specs[site.path])
-    )
+    grouped = tuple(grouped_sites(program))
     pieces = {
         path: Division(dim, found, cut.coupling.name)
         for cut in chosen
         for (path, dim), found in cut.pieces.items()
         if len(found) > 1
     }
-    return TensorPlan(axis, devices, specs, tuple(splits), tuple(grouped), pieces)
+    return TensorPlan(axis, devices, specs, tuple(splits), grouped, pieces)
 
 
 def shard(
@@ -255,25 +247,18 @@ def shard(
         mesh: with an axis `tensor`. One of size 1 splits nothing.
 
     Raises:
-        ValueError: nothing can be split among so many devices. Or a grouped convolution
-            would stay whole while another axis of the mesh shares the batch: for the
-            gradient of its kernel XLA then adds up the copies too (seen with jaxlib
-            0.10: twice the gradient on two devices).
+        ValueError: nothing can be split among so many devices. Or XLA would get the
+            gradient of a grouped convolution wrong, see `grouped.py`.
     """
     devices = mesh.shape["tensor"]
     if devices == 1:
         if whole:
             tree.match(whole, tree.paths(params))
+        check_function(fn, mesh, params, *args, **kwargs)
         return fn, jax.device_put(params, NamedSharding(mesh, P()))
     plan = plan_tensor(fn, params, *args, devices=devices, whole=whole, **kwargs)
-    sharing = [a for a in BATCH_AXES if mesh.shape.get(a, 1) > 1]
-    if plan.grouped and sharing:
-        raise ValueError(
-            f"with the batch shared over {sharing[0]}, XLA gets the gradient of grouped"
-            f" convolutions wrong whose channels are not split over tensor, and here "
-            f"{plan.grouped[0]} is not ({len(plan.grouped)} in all). Give tensor all "
-            "devices, or none."
-        )
+    cut = lambda path: {"tensor"} if any(plan.specs[path]) else set()
+    check_grouped(plan.grouped, mesh, split=cut)
     placed = place(params, plan, mesh)
     return (Piecewise(unlift(fn)) if plan.pieces else fn), placed
 
@@ -318,6 +303,8 @@ def _hindrance(
     c = cut.coupling
     if c.size % devices:
         return f"{c.size} does not divide by {devices}"
+    if cut.given:
+        return "the data have it, and are not split"
     if not all(cut.pieces.values()):
         return "its indices are in too many pieces"
     paths = [path for path, _ in c.members]

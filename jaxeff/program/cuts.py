@@ -59,6 +59,7 @@ class Cut:
             dim holds the coupling in another way.
         meets: names of the couplings that some array has beside it.
         met: whether any operation has it.
+        given: whether the data have it.
         serial: the primitive that goes along it, index by index, or nothing.
         flops: of the products that are split, of one run of the program.
         forward, backward: bytes of the arrays that are to be added up, when the program
@@ -70,6 +71,7 @@ class Cut:
     pieces: Mapping[tuple[str, int], Pieces]
     meets: frozenset[str]
     met: bool
+    given: bool
     serial: str
     flops: int
     forward: int
@@ -106,13 +108,18 @@ def find_cuts(jaxpr: ClosedJaxpr, weights: Sequence[str | None]) -> Cuts:
     counted = _count(jaxpr, weights, solver, couplings)
     dims = {p: d for p, d in zip(weights, ins, strict=True) if p is not None}
     names = {find(c.atom): c.name for c in couplings}
+    data = [dims for p, dims in zip(weights, ins, strict=True) if p is None]
+    of_data = {find(a) for dims in data for d in dims for a in atoms(d)}
     found = []
     for c in couplings:
+        given = find(c.atom) in of_data
         n = counted[find(c.atom)]
         pieces = {(path, d): _pieces(dims[path][d], c.atom) for path, d in c.members}
         meets = frozenset(names[a] for a in n.meets)
         found.append(
-            Cut(c, pieces, meets, n.met, n.serial, n.flops, n.forward, n.backward)
+            Cut(
+                c, pieces, meets, n.met, given, n.serial, n.flops, n.forward, n.backward
+            )
         )
     return Cuts(tuple(found), dims)
 

@@ -1,0 +1,89 @@
+"""Where XLA gets the gradient of a grouped convolution wrong, nobody trains with it."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from jaxeff.parallelism import (
+    batch_sharding,
+    fully_shard,
+    layer_parallel,
+    make_mesh,
+    replicate,
+    shard,
+)
+
+
+def conv(x, w, groups):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=groups
+    )
+
+
+def loss(params, x):
+    x = jnp.tanh(conv(x, params["in"], 1))
+    x = jnp.tanh(conv(x, params["deep"], 8))
+    return (x.mean((1, 2)) @ params["out"]).var()
+
+
+PARAMS = {
+    "in": jr.normal(jr.key(0), (3, 3, 3, 8)),
+    "deep": jr.normal(jr.key(1), (3, 3, 1, 8)),
+    "out": jr.normal(jr.key(2), (8, 4)),
+}
+X = jr.normal(jr.key(3), (8, 6, 6, 3))
+
+
+def wrong_by(fn, params, mesh):
+    """How far the gradient of the grouped kernel is off, relative to itself."""
+    grads = jax.jit(jax.grad(fn))(params, jax.device_put(X, batch_sharding(mesh, 8)))
+    want = jax.grad(loss)(PARAMS, X)["deep"]
+    return float(jnp.linalg.norm(grads["deep"] - want) / jnp.linalg.norm(want))
+
+
+def test_it_is_wrong_on_copies():
+    """If this fails, XLA was mended, and the check can go."""
+    mesh = make_mesh(data=2, sequence=4)
+    assert wrong_by(loss, replicate(PARAMS, mesh), mesh) > 0.5
+
+
+WRONG = {
+    "copies, nothing split": (shard, {"data": 2, "sequence": 4}, "copies along seq"),
+    "the kernel split, copies": (
+        shard,
+        {"data": 2, "tensor": 2, "pipe": 2},
+        "copies along pipe",
+    ),
+    "in parts": (fully_shard, {"fsdp": 2, "sequence": 4}, "copies along sequence"),
+    "parts of one": (fully_shard, {"data": 2, "tensor": 4}, "copies along tensor"),
+    "layers": (layer_parallel, {"pipe": 2, "data": 2, "tensor": 2}, "along tensor"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_where_it_would_be_wrong_it_is_an_error(case):
+    how, axes, why = WRONG[case]
+    more = {"least": 16} if how is fully_shard else {}
+    with pytest.raises(ValueError, match=why) as found:
+        how(loss, PARAMS, X, mesh=make_mesh(**axes), **more)
+    assert "is the kernel of one. Give the" in str(found.value)
+
+
+RIGHT = {
+    "data alone": (fully_shard, {"data": 8}),
+    "data and parts": (fully_shard, {"data": 4, "fsdp": 2}),
+    "the kernel split": (shard, {"data": 4, "tensor": 2}),
+    "no batch": (shard, {"data": 1, "tensor": 8}),
+}
+
+
+@pytest.mark.parametrize("case", RIGHT)
+def test_elsewhere_it_is_right(case):
+    how, axes = RIGHT[case]
+    mesh = make_mesh(**axes)
+    more = {"least": 16} if how is fully_shard and mesh.shape["fsdp"] > 1 else {}
+    fn, placed = how(loss, PARAMS, X, mesh=mesh, **more)
+    np.testing.assert_allclose(wrong_by(fn, placed, mesh), 0, atol=1e-5)
