@@ -51,6 +51,12 @@ def greedy_cached(
         cache: empty, with room for the prompt and all new tokens but the last.
     """
     _check(prompt, steps)
+    if prompt.shape[0] != cache.k.shape[1]:
+        raise ValueError(
+            f"a cache has a place for each prompt: there are {prompt.shape[0]}, and it "
+            f"was made for {cache.k.shape[1]}. Call init_cache with "
+            f"batch={prompt.shape[0]}."
+        )
     need, room = prompt.shape[1] + max(steps - 1, 0), cache.k.shape[2]
     if need > room:
         raise ValueError(

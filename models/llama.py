@@ -121,9 +121,24 @@ class Cache(NamedTuple):
 
 
 def init_cache(
-    config: LlamaConfig, batch: int, length: int, dtype: DTypeLike = jnp.float32
+    config: LlamaConfig | Any, batch: int, length: int, dtype: DTypeLike = jnp.float32
 ) -> Cache:
-    """An empty cache with room for `length` tokens."""
+    """An empty cache with room for `length` tokens.
+
+    Args:
+        config: of a LLaMA; other models here decode without a cache.
+        batch: prompts.
+        length: tokens of each.
+        dtype: of keys and values.
+
+    Raises:
+        ValueError: it is not that of a LLaMA.
+    """
+    if not isinstance(config, LlamaConfig):
+        raise ValueError(
+            f"keys and values are cached for LLaMA, got a {type(config).__name__}: "
+            "give `model.config` of one; `greedy` decodes without a cache."
+        )
     shape = (config.n_layers, batch, length, config.kv_heads, config.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0))
 

@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jax.sharding import Mesh
@@ -79,6 +79,7 @@ class Audit:
     """All collectives of a program, in the order in which they run."""
 
     collectives: tuple[Collective, ...]
+    axes: tuple[str, ...] = ()  # of the mesh
 
     def of(
         self, kind: str | None = None, axes: str | Iterable[str] | None = None
@@ -88,14 +89,27 @@ class Audit:
         Args:
             kind: as XLA names it; None for all.
             axes: a name, or several in any order; None for all.
+
+        Raises:
+            ValueError: there is no such kind, or no such axis.
         """
         wanted = None if axes is None else {axes} if isinstance(axes, str) else {*axes}
+        if kind is not None and kind not in KINDS:
+            raise ValueError(
+                f"there is no collective {kind!r}. Choose of: {', '.join(KINDS)}."
+            )
+        if unknown := sorted((wanted or set()) - {*self.axes}):
+            raise ValueError(
+                f"the mesh has no axis {unknown[0]!r}. Choose of: "
+                f"{', '.join(self.axes)}."
+            )
         return Audit(
             tuple(
                 c
                 for c in self.collectives
                 if kind in (None, c.kind) and wanted in (None, {*c.axes})
-            )
+            ),
+            self.axes,
         )
 
     @property
@@ -163,7 +177,7 @@ class HasText(Protocol):
         """The compiled program."""
 
 
-def audit(compiled: HasText, mesh: Mesh) -> Audit:
+def audit(compiled: HasText | Any, mesh: Mesh) -> Audit:
     """Every collective of a compiled program.
 
     Args:
@@ -171,11 +185,16 @@ def audit(compiled: HasText, mesh: Mesh) -> Audit:
         mesh: that it was compiled for, to name the axes by.
 
     Raises:
-        ValueError: the groups of a collective are written in a way that is not known
-            here, or name devices that the mesh does not have.
+        ValueError: it is not compiled; or the groups of a collective are written in a
+            way that is not known here, or name devices that the mesh does not have.
     """
+    if not hasattr(compiled, "as_text"):
+        raise ValueError(
+            f"a compiled program is audited, and this is a {type(compiled).__name__}. "
+            "Give `jax.jit(fn).lower(*args).compile()`."
+        )
     module = hlo.read(compiled.as_text() or "")
-    return Audit(tuple(_collectives(module, mesh)))
+    return Audit(tuple(_collectives(module, mesh)), tuple(mesh.axis_names))
 
 
 def _collectives(module: hlo.Module, mesh: Mesh) -> Iterator[Collective]:

@@ -156,6 +156,8 @@ def plan_tensor(
         ValueError: nothing can be split among so many devices; the reasons are listed.
             Or a pattern matches no weight.
     """
+    if devices < 1:
+        raise ValueError(f"1 device or more share each layer, got {devices}.")
     program = trace(fn, params, *args, **kwargs)
     kept = set(tree.match(whole, program.shapes, what="weight")) if whole else set()
     # Only running the function tells whether it takes pieces apart before it needs all.
@@ -250,6 +252,11 @@ def shard(
         ValueError: nothing can be split among so many devices. Or XLA would get the
             gradient of a grouped convolution wrong, see `grouped.py`.
     """
+    if "tensor" not in mesh.shape:
+        raise ValueError(
+            f"weights are split over the axis tensor, and the mesh has "
+            f"{', '.join(mesh.axis_names)}. Make it with make_mesh(tensor=...)."
+        )
     devices = mesh.shape["tensor"]
     if devices == 1:
         if whole:

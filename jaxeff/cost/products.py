@@ -78,7 +78,9 @@ class FastProducts(Lifted):
         return _Choosing(dict(self.forms))
 
     def __str__(self) -> str:
-        """A line for each kind of product that was measured."""
+        """A line for each kind of product that was measured, or has a form."""
+        if not self.measured:
+            return table(["product", "runs"], self.forms)
         head = ["product", "runs", "count", "us as it is", "us tuned", "us dense"]
         us = lambda m, form: f"{1e6 * m.seconds[form]:.0f}"
         rows = [

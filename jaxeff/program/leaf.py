@@ -179,6 +179,18 @@ class Leaf(abc.ABC):
     def dense(self) -> Array:
         """The array it stands for."""
 
+    def __jax_array__(self) -> Array:
+        """Refuses to be an array unasked, so that nothing decodes it unseen.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"a compressed weight ({type(self).__name__}) was given to a function that "
+            "knows arrays alone. Call the function that came with it, or `lift(fn)`; "
+            "`dense` makes arrays of all."
+        )
+
     @property
     def packed_sizes(self) -> dict[str, int]:
         """How many numbers those fields hold that store several in one element."""

@@ -103,6 +103,11 @@ class Sensitivity:
                 f"the smallest formats take {bytes:,} bytes, and {at_most_bytes:,.0f} "
                 "are allowed. Give smaller formats to choose from."
             )
+        if at_most_loss is not None and at_most_loss < 0:
+            raise ValueError(
+                f"rounding adds a loss of 0 or more in all, and {at_most_loss:.3g} is "
+                "allowed. Allow a positive one."
+            )
         if at_most_loss is not None and loss > at_most_loss:
             raise ValueError(
                 f"the finest formats add a loss of {loss:.3g}, and {at_most_loss:.3g} "
@@ -219,7 +224,7 @@ def sensitivity(
     loss = _relative if loss is None else loss
     plain = lift(fn)
     exact = [jax.jit(plain)(params, *batch) for batch in given]
-    measure = jax.jit(lambda params, batch, y: loss(plain(params, *batch), y))
+    measure = jax.jit(lambda params, batch, y: _one(loss(plain(params, *batch), y)))
     total = lambda params: (
         sum(float(measure(params, b, y)) for b, y in zip(given, exact, strict=True))
         / len(given)
@@ -248,6 +253,15 @@ def sensitivity(
             size = tree.tree_bytes(weights[path])
             found[path].append(Option(path, None, size, 0.0))
     return Sensitivity({path: tuple(options) for path, options in found.items()})
+
+
+def _one(value: Any) -> Any:
+    if jnp.shape(value):
+        raise ValueError(
+            f"a loss is one number, and this one has the shape {jnp.shape(value)}. "
+            "Take its mean or its sum."
+        )
+    return value
 
 
 def _relative(outputs: PyTree, exact: PyTree) -> Any:

@@ -92,7 +92,8 @@ def quantize_cache(cache: PyTree, format: Any = int8) -> PyTree:
         raise ValueError(
             "each token's head is rounded by itself, and only stored: its format is a "
             "`Format` without activations and without tiles, such as int8, int4 or "
-            f"fp8, got {getattr(format, 'name', format)}."
+            f"fp8 of `jaxeff.quantization`, got "
+            f"{format.name if isinstance(format, Format) else repr(format)}."
         )
     found = 0
 

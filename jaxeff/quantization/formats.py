@@ -202,10 +202,11 @@ def fill_blocks(
             return
     sizes = [shape[d] for d in dims]
     last = sizes[-1] if sizes else 1
-    fitting = [m for m in range(1, last + 1) if last % m == 0]
+    fitting = [m for m in range(2, last + 1) if last % m == 0]
+    groups = f"a group among {fitting}, or " if fitting else ""
     raise ValueError(
         f"a group of {n} weights must divide the {what} dims {sizes} evenly, from the "
-        f"last one on. Choose a group among {fitting}, or None for one scale per "
+        f"last one on. Choose {groups}None for one scale per "
         f"{'output channel' if what == 'summed' else 'tensor'}."
     )
 

@@ -197,6 +197,9 @@ class _Codes(Interpreter):
         sums = self.kind.sums_codes(_longest_sum(eqn))
         if sums is None:  # 32 bits could overflow
             args, sums = [x.astype(jnp.float32) for x in args], jnp.float32
+        # Convolutions take factors of one dtype; bfloat16 holds every float of 8 bits.
+        if eqn.primitive.name != "dot_general" and args[0].dtype != args[1].dtype:
+            args = [x.astype(jnp.bfloat16) for x in args]
         params = {**eqn.params, "precision": None, "preferred_element_type": sums}
         return [eqn.primitive.bind(*args, **params)]
 

@@ -37,7 +37,7 @@ Formats = AnyFormat | Mapping[str, AnyFormat | None]
 ALREADY = "it is quantized already"
 _AGAIN = (
     "To store them in another format quantize the weights they were made of, all "
-    "formats in one call."
+    "formats in one call; `convert` stores what `fake_quantize` has made."
 )
 
 
@@ -228,6 +228,10 @@ def choose(
     for site in trace(lift(fn), params, *args).sites:
         uses.get(site.path, []).append(site)
     reasons = {p: _why_not(x, uses[p]) for p, x in arrays.items()}
+    # A leaf that multiplies as a whole, as one that is trained to be rounded.
+    used = {weights[p] for p in arrays if uses[p]}
+    whole = {p for p, w in weights.items() if w != p and w not in used}
+    reasons |= dict.fromkeys(whole, ALREADY)
     if formats is None or isinstance(formats, AnyFormat):
         fmt = formats or int8
         asked: dict[str, AnyFormat | None] = {
@@ -292,8 +296,18 @@ def _asked(
                 f"pattern {pattern!r} matches {len(arrays)} weights, but none can be "
                 f"quantized: {_some({p: reasons[p] for p in arrays})}. {way_out}"
             )
+        if fmt is not None and all(p in asked for p in arrays if not reasons[p]):
+            raise ValueError(
+                f"of several patterns that match a weight the first counts, and those "
+                f"before {pattern!r} match all it does. Put it first, or leave it out."
+            )
         for p in arrays:
             asked.setdefault(p, fmt)
+    if all(fmt is None for fmt in asked.values()):
+        raise ValueError(
+            f"of the {len(reasons)} weights none has a format: give one, as in "
+            '{"**/kernel": quantization.int8}, or leave `formats` out for int8.'
+        )
     return asked
 
 

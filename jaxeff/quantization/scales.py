@@ -71,7 +71,8 @@ def fit(
         return _half_quadratic(w, at(1.0), format, shared)
     if method != "mse":
         raise ValueError(
-            f'a scale is fitted by "absmax", "mse" or "hqq", got {method!r}.'
+            f'a scale is fitted by "absmax", "mse" or "hqq", or in `quantize` by '
+            f'"output", got {method!r}.'
         )
     weight = jnp.ones((1,) * w.ndim) if importance is None else importance
 

@@ -110,6 +110,7 @@ def test_it_is_saved_with_the_model():
     assert dataclasses.replace(fast, measured=()) == again
     np.testing.assert_array_equal(again(params, X), fast(params, X))
     assert lift(again) is again
+    assert "decoded first" in str(again)  # what runs is known, its times are not
     # Dense weights run as the model's own function.
     np.testing.assert_array_equal(again(PARAMS, X), model(PARAMS, X))
 

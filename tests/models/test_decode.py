@@ -50,6 +50,13 @@ def test_a_cache_that_is_too_short_is_refused(getkey):
     variables, prompt = _setup(model, getkey)
     with pytest.raises(ValueError, match="need a cache of 7, got 6"):
         greedy_cached(model.apply, variables, prompt, 6, init_cache(CONFIG, 3, 6))
+    with pytest.raises(ValueError, match="there are 3, and it was made for 2"):
+        greedy_cached(model.apply, variables, prompt, 6, init_cache(CONFIG, 2, 9))
+
+
+def test_models_without_a_cache_are_named():
+    with pytest.raises(ValueError, match="cached for LLaMA, got a GPT: give"):
+        init_cache(GPT(n_layers=1), 2, 8)
 
 
 @pytest.mark.parametrize("length, steps", [(0, 3), (2, -1)])

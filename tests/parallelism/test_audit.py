@@ -147,6 +147,16 @@ def test_what_may_not_run_is_marked(mesh):
     assert "? in a branch" in str(found)
 
 
+def test_kinds_and_axes_that_are_none_are_errors(mesh):
+    found = audit(jax.jit(jnp.sin).lower(jnp.ones(2)).compile(), mesh)
+    with pytest.raises(ValueError, match="no collective 'allreduce'. Choose of: all-r"):
+        found.of("allreduce")
+    with pytest.raises(ValueError, match="no axis 'dta'. Choose of: "):
+        found.of("all-reduce", "dta")
+    with pytest.raises(ValueError, match="is a PjitFunction. Give `jax.jit"):
+        audit(jax.jit(jnp.sin), mesh)
+
+
 def test_a_mesh_of_fewer_devices_is_an_error(mesh):
     fn = jax.shard_map(
         lambda x: jax.lax.psum(x, "tensor"),

@@ -164,6 +164,14 @@ def test_heads_that_do_not_divide_stay_whole_and_the_rest_is_split():
     assert "4 does not divide by 8" in str(plan)
 
 
+def test_a_mesh_without_the_axis_is_an_error():
+    fn, params, x = problem("gpt")
+    with pytest.raises(ValueError, match="axis tensor, and the mesh has data. Make it"):
+        shard(fn, params, x, mesh=jax.make_mesh((8,), ("data",)))
+    with pytest.raises(ValueError, match="1 device or more share each layer, got 0"):
+        plan_tensor(fn, params, x, devices=0)
+
+
 def test_where_nothing_can_be_split_it_says_why():
     fn, params, x = problem("gpt")
     with pytest.raises(ValueError, match="among 7 devices(.|\n)* not divide by 7"):

@@ -206,6 +206,12 @@ def test_what_cannot_be_is_one_clear_line():
         found.within(at_most_bytes=10)
     with pytest.raises(ValueError, match="finest formats add a loss"):
         found.within(at_most_loss=0.0)
+    with pytest.raises(ValueError, match="0 or more in all, and -1 is allowed"):
+        found.within(at_most_loss=-1)
+    with pytest.raises(ValueError, match="loss is one number.*shape .* Take its"):
+        sensitivity(
+            fn, PARAMS, X, formats=int4, batches=[(X,)], loss=lambda y, z: y - z
+        )
     with pytest.raises(ValueError, match="got 3 formats and 0 batches"):
         sensitivity(fn, PARAMS, X, formats=FORMATS, batches=[])
     with pytest.raises(ValueError, match="none can be quantized: bias"):

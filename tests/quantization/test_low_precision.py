@@ -70,6 +70,18 @@ def test_values_and_gradients_are_near(format, near):
         assert ours.dtype == exact.dtype and off(ours, exact) < 3 * near
 
 
+@pytest.mark.parametrize("format, near", [("int8", 0.03), ("fp8", 0.08)])
+def test_convolutions_have_gradients(format, near):
+    numbers = ("NWC", "WIO", "NWC")
+    fn = lambda w, x: jax.lax.conv_general_dilated(
+        x, w, (2,), "SAME", dimension_numbers=numbers
+    )
+    w, x = draw(3, 6, 8), draw(4, 10, 6)
+    grad = lambda fn: jax.grad(lambda *a: jnp.sin(fn(*a)).sum(), (0, 1))(w, x)
+    for ours, exact in zip(grad(low_precision(fn, format)), grad(fn), strict=True):
+        assert off(ours, exact) < 3 * near
+
+
 @pytest.mark.parametrize("grid", ["int8", "e5m2", "e4m3"])
 def test_rounding_by_chance_is_right_in_the_mean(grid):
     x, grid = draw(40), named(grid)

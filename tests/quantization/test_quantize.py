@@ -1,6 +1,7 @@
 import functools
 import inspect
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from jaxeff import tree
 from jaxeff.program import dense, is_leaf, lift, lift_report
 from jaxeff.quantization import (
     awq,
+    fake_quantize,
     int4,
     int8,
     Linear,
@@ -183,7 +185,7 @@ BAD = {
         {"w": (8, 6)},
         {"w": int4.grouped(3)},
         r"w \(8, 6\) cannot be int4 groups of 3: a group of 3 weights must divide the "
-        r"summed dims \[8\] evenly.* among \[1, 2, 4, 8\], or None",
+        r"summed dims \[8\] evenly.* among \[2, 4, 8\], or None",
     ),
     "group of a weight summed both ways": (
         lambda p, x: x @ p["w"] @ p["w"].T,
@@ -296,3 +298,30 @@ def test_free_zero_points_are_for_the_formats_that_have_some(normal):
     for run in (quantize, functools.partial(awq, batches=[(x,)])):
         with pytest.raises(ValueError, match='"hqq" moves zero points, and int8 has'):
             run(fn, params, x, formats=int8, fit="hqq")
+
+
+def test_patterns_that_do_nothing_are_errors():
+    fn = lambda p, x: x @ p["a"] @ p["b"]
+    params, x = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}, jnp.ones((2, 4))
+    with pytest.raises(ValueError, match="those before 'b' match all it does. Put it"):
+        quantize(fn, params, x, formats={"*": int4, "b": int8})
+    quantize(fn, params, x, formats={"a": int4, "b": int8, "*": None})
+    for formats in ({}, {"*": None}):
+        with pytest.raises(ValueError, match="of the 2 weights none has a format"):
+            quantize(fn, params, x, formats=formats)
+
+
+def test_what_is_trained_to_be_rounded_is_quantized_already():
+    fn = lambda p, x: x @ p["a"]
+    trained_fn, trained = fake_quantize(fn, {"a": jnp.ones((4, 4))}, jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match="quantized already.*`convert` stores"):
+        quantize(trained_fn, trained, jnp.ones((2, 4)))
+
+
+def test_a_function_of_arrays_refuses_compressed_weights():
+    model = nn.Dense(4)
+    x = jnp.ones((2, 4))
+    fn, new = quantize(model.apply, model.init(jax.random.key(0), x), x)
+    with pytest.raises(TypeError, match="weight .QArray. was given .* came with it"):
+        model.apply(new, x)
+    fn(new, x)
