@@ -142,6 +142,10 @@ class _Server:
         """See `ParameterServer`."""
         self.server.leave(worker)
 
+    def finished(self) -> bool:
+        """See `ParameterServer`."""
+        return self.server.finished
+
     def look(self) -> Status:
         """What happened since the last look; saves what is due."""
         losses = self.server.losses[self.seen :]
@@ -344,7 +348,7 @@ class Asynchronous:
                     for loss, examples in losses:
                         n += 1
                         log.step(n, examples, {"loss": loss})
-                    self._replace(shown, done=n == self.steps)
+                    self._replace(shown)
                     if on_look is not None:
                         on_look(self, n)
             (params, opt_state), self.log = ray.get(self._server.end.remote())
@@ -362,7 +366,7 @@ class Asynchronous:
         step = like.step + self.steps
         return TrainState(step, params, opt_state, like.key, like.scaler)
 
-    def _replace(self, shown: Progress, done: bool) -> None:
+    def _replace(self, shown: Progress) -> None:
         """Notices who is gone; a fault in the problem would come again, and stops."""
         import ray
 
@@ -381,7 +385,10 @@ class Asynchronous:
                     self.restarts -= 1
                     comes = f", {self.add_worker()} comes"
                 shown.say(f"{name} is gone{comes}")
-        if not self._working and not done:
+        if self._working:
+            return
+        # Workers return when all is done, which may be after the last look.
+        if not ray.get(self._server.finished.remote()):
             raise ValueError(
                 "no worker is left, and no more may be started again. "
                 + _kept(self.folder, "Give more restarts.")
