@@ -196,13 +196,19 @@ class ParameterServer:
             Whether it counted: a ticket counts once, and not after its lease.
         """
         with self._changed:
-            out = self._out.pop(ticket, None)
+            out = self._out.get(ticket)
             if out is None:
                 return False
-            self._state = self._apply(
-                self._state, out.work.params, done.grads, dict(done.aux.updates)
-            )
             behind = self.version - out.version
+            try:
+                self._state = self._apply(
+                    self._state, out.work.params, done.grads, dict(done.aux.updates)
+                )
+            except Exception:
+                # Or nobody would ever have this batch again.
+                self._back([ticket])
+                raise
+            del self._out[ticket]
             self.log.append(Applied(out.work.batch, ticket, out.worker, behind))
             self.losses.append((done.loss, done.examples))
             self._applied[out.work.batch] = True

@@ -175,6 +175,17 @@ def test_it_goes_on_from_a_checkpoint_with_the_batches_that_are_left(tmp_path):
     np.testing.assert_array_equal(server.kept().state.params["w"], -np.full(3, 63.0))
 
 
+def test_a_gradient_that_does_not_fit_loses_no_batch():
+    server = ParameterServer(kept(1), SGD, staleness=0)
+    work = server.take("a")
+    with pytest.raises(ValueError):
+        server.give(work.ticket, Done({"v": jnp.ones(3)}, Aux(), 0.0, 1))
+    assert not server.give(work.ticket, done(0))
+    again = server.take("b")
+    assert again.batch == 0 and server.give(again.ticket, done(0))
+    assert server.finished
+
+
 def test_errors():
     with pytest.raises(ValueError, match="got -1, 0.04 and 60"):
         ParameterServer(kept(1), SGD, staleness=-1)
