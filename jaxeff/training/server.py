@@ -196,6 +196,7 @@ class ParameterServer:
             Whether it counted: a ticket counts once, and not after its lease.
         """
         with self._changed:
+            self.expire()  # it may be that nobody took a batch since
             out = self._out.get(ticket)
             if out is None:
                 return False
