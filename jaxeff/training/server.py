@@ -14,6 +14,7 @@ al. 2017, arXiv:1609.08326 (delay compensation).
 import dataclasses
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ from .step import Aux, checked, Loss, TrainState
 
 # Of the delay compensation: Zheng et al. 2017, section 6, for CIFAR-10.
 COMPENSATION = 0.04
+# Times that a batch may be late while no other is done: not bad luck any more.
+MOST_LATE = 5
 
 
 class Work(NamedTuple):
@@ -150,6 +153,7 @@ class ParameterServer:
         self._todo = [int(i) for i in np.flatnonzero(~self._applied)][::-1]
         self._out: dict[int, _Out] = {}
         self._known: set[str] = set()
+        self._late: Counter[int] = Counter()  # by batch, since the last update
         self._tickets = 0
         self._changed = threading.Condition()
         self._apply = jax.jit(_update(tx, trainable, compensation))
@@ -177,11 +181,15 @@ class ParameterServer:
         Args:
             worker: its name.
             wait: seconds that the call may wait for one.
+
+        Raises:
+            ValueError: batches take longer than their lease, whoever has them.
         """
         until = self.clock() + wait
         with self._changed:
             while True:
                 self.expire()
+                self._check_lease()
                 if self._todo and self._may_begin():
                     return self._hand_out(worker)
                 left = until - self.clock()
@@ -213,6 +221,7 @@ class ParameterServer:
             self.log.append(Applied(out.work.batch, ticket, out.worker, behind))
             self.losses.append((done.loss, done.examples))
             self._applied[out.work.batch] = True
+            self._late.clear()
             self._changed.notify_all()
             return True
 
@@ -226,7 +235,18 @@ class ParameterServer:
         """Takes back what was out for longer than its lease."""
         with self._changed:
             now = self.clock()
-            self._back([t for t, out in self._out.items() if out.due < now])
+            late = [t for t, out in self._out.items() if out.due < now]
+            self._late.update(self._out[ticket].work.batch for ticket in late)
+            self._back(late)
+
+    def _check_lease(self) -> None:
+        for batch, times in self._late.items():
+            if times >= MOST_LATE:
+                raise ValueError(
+                    f"a batch is done within its lease, but batch {batch} was late "
+                    f"{times} times and no other was done meanwhile: the lease is "
+                    f"{self.lease:g} s. Give a longer one, or make batches smaller."
+                )
 
     def _may_begin(self) -> bool:
         """Whether all that is out stays fresh enough if one more begins.

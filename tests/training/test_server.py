@@ -17,7 +17,14 @@ from jaxeff.training import (
     make_train_step,
     TrainState,
 )
-from jaxeff.training.server import Done, first_state, gradient, Kept, ParameterServer
+from jaxeff.training.server import (
+    Done,
+    first_state,
+    gradient,
+    Kept,
+    MOST_LATE,
+    ParameterServer,
+)
 from tests.training.small import make_loss, Net, small_run, TRAINABLE, variables
 
 PARAMS = {"w": jnp.zeros(3)}
@@ -46,7 +53,7 @@ def test_each_batch_counts_once_and_none_is_too_old(data, steps, staleness):
     server = ParameterServer(
         kept(steps), SGD, staleness=staleness, compensation=0, lease=1, clock=clock
     )
-    works, gone = [], []
+    works, gone, late = [], [], 0
     for _ in range(60):
         if server.finished:
             break
@@ -59,6 +66,7 @@ def test_each_batch_counts_once_and_none_is_too_old(data, steps, staleness):
             worker, work = works.pop(data.draw(st.integers(0, len(works) - 1)))
             assert server.give(work.ticket, done(work.batch))
             gone.append(work)
+            late = 0
         elif what == "again" and gone:
             work = data.draw(st.sampled_from(gone))
             assert not server.give(work.ticket, done(work.batch))
@@ -67,7 +75,8 @@ def test_each_batch_counts_once_and_none_is_too_old(data, steps, staleness):
             server.leave(worker)
             gone += [work for name, work in works if name == worker]
             works = [(name, work) for name, work in works if name != worker]
-        elif what == "late":
+        elif what == "late" and late < MOST_LATE - 1:
+            late += 1
             clock.now += 11.0  # longer than any lease
             gone += [work for _, work in works]
             works = []
@@ -183,6 +192,25 @@ def test_a_gradient_that_does_not_fit_loses_no_batch():
     again = server.take("b")
     assert again.batch == 0 and server.give(again.ticket, done(0))
     assert server.finished
+
+
+def test_a_lease_that_no_batch_keeps_is_an_error_and_not_an_endless_run():
+    clock = Clock()
+    server = ParameterServer(kept(2), SGD, staleness=0, lease=1, clock=clock)
+
+    def late(times):
+        for _ in range(times):
+            work = server.take("slow")
+            clock.now += 11.0
+            assert not server.give(work.ticket, done(work.batch))
+
+    late(MOST_LATE - 1)
+    work = server.take("quick")
+    assert server.give(work.ticket, done(work.batch))
+    late(MOST_LATE)  # an update begins the count anew
+    for name in ("slow", "quick"):  # all of them hear of it
+        with pytest.raises(ValueError, match="late 5 times .* the lease is 1 s"):
+            server.take(name)
 
 
 def test_errors():
