@@ -24,6 +24,7 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Key, PyTree
 
+from jaxeff.precision import all_finite
 from jaxeff.tree import Patterns
 
 from .checkpoint import Checkpoints
@@ -93,10 +94,12 @@ class Status(NamedTuple):
     Attributes:
         losses: with the examples of each, since the last look.
         saved: the last checkpoint's step.
+        broken: the step whose weights were to be saved, but are not finite.
     """
 
     losses: list[tuple[float, int]]
     saved: int | None
+    broken: int | None
 
 
 class _Server:
@@ -148,21 +151,25 @@ class _Server:
 
     def look(self) -> Status:
         """What happened since the last look; saves what is due."""
-        losses = self.server.losses[self.seen :]
+        losses, kept = self.server.since(self.seen)
         self.seen += len(losses)
         finite = all(math.isfinite(loss) for loss, _ in losses)
-        kept = self.server.kept()
         version, every = int(kept.step), self.options.checkpoint_every
-        due = version // every > (self.saved or 0) // every or self.server.finished
+        due = version // every > (self.saved or 0) // every or kept.applied.all()
+        broken: int | None = None
         if (
             self.checkpoints is not None
             and finite
             and due
             and version > (self.saved or 0)
         ):
-            self.checkpoints.save(kept)
-            self.saved = version
-        return Status(losses, self.saved)
+            # A finite loss may have had an infinite gradient.
+            if all_finite(kept.state.params):
+                self.checkpoints.save(kept)
+                self.saved = version
+            else:
+                broken = version
+        return Status(losses, self.saved, broken)
 
     def end(self) -> tuple[Any, list[Applied]]:
         """The weights and optimizer state at the end, and the record of all updates."""
@@ -330,7 +337,7 @@ class Asynchronous:
             or the checkpoint.
 
         Raises:
-            NonFiniteLoss: a loss is inf or nan.
+            NonFiniteLoss: a loss, or a weight about to be saved, is inf or nan.
             ValueError: no worker is left and none may be started again, or the server
                 is gone.
         """
@@ -344,10 +351,13 @@ class Asynchronous:
                 log = Log(shown, metrics, stop, log_every, self.steps)
                 while n < self.steps:
                     ray.wait(list(self._working), timeout=LOOK)
-                    losses, saved = ray.get(self._server.look.remote())
-                    for loss, examples in losses:
+                    told: Status = ray.get(self._server.look.remote())
+                    saved = told.saved
+                    for loss, examples in told.losses:
                         n += 1
                         log.step(n, examples, {"loss": loss})
+                    if told.broken is not None:
+                        raise stop("a weight is not finite", told.broken)
                     self._replace(shown)
                     if on_look is not None:
                         on_look(self, n)

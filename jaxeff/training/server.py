@@ -175,6 +175,11 @@ class ParameterServer:
         with self._changed:
             return Kept(self._state, self._applied.copy())
 
+    def since(self, seen: int) -> tuple[list[tuple[float, int]], Kept]:
+        """The losses after the first `seen`, and the state that they led to."""
+        with self._changed:
+            return self.losses[seen:], self.kept()
+
     def take(self, worker: str, wait: float | int = 0) -> Work | None:
         """The next batch for a worker; None if there is none for it now.
 

@@ -6,7 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
 import pytest
+
+from jaxeff.training import Aux, Checkpoints
+from jaxeff.training.asynchronous import _Server, Options, Problem
+from jaxeff.training.server import Done
 
 pytest.importorskip("ray")
 ROOT = Path(__file__).parents[2]
@@ -35,6 +43,24 @@ def test_workers_may_die_and_stop_and_come(tmp_path):
     assert said["step"] == 80 and said["finite"]
     assert said["again"] == [0, True]
     assert "[80]" in said["wrong"] and "[81]" in said["wrong"]
+
+
+def test_weights_that_turned_infinite_are_never_saved(tmp_path):
+    tx, params = optax.sgd(1.0), {"w": jnp.zeros(2)}
+    problem = lambda: Problem(lambda p, b, k: None, tx, params, None, jr.key(0))
+    options = {"staleness": 0, "compensation": 0, "lease": 60, "checkpoint_every": 1}
+    server = _Server()
+    server.open(problem, Options(steps=3, folder=tmp_path, **options))
+    told = []
+    for gradient in (1.0, np.inf):
+        _, work = server.take("a")
+        grads = {"w": np.full(2, gradient, np.float32)}
+        server.give(work.ticket, Done(grads, Aux(), 0.0, 1))
+        told.append(server.look())
+    server.end()
+    assert told == [([(0.0, 1)], 1, None), ([(0.0, 1)], 1, 2)]
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [1]
 
 
 @pytest.fixture(scope="module")
