@@ -12,6 +12,7 @@ al. 2017, arXiv:1609.08326 (delay compensation).
 """
 
 import dataclasses
+import functools
 import threading
 import time
 from collections import Counter
@@ -216,7 +217,11 @@ class ParameterServer:
             behind = self.version - out.version
             try:
                 self._state = self._apply(
-                    self._state, out.work.params, done.grads, dict(done.aux.updates)
+                    self._state,
+                    out.work.params,
+                    done.grads,
+                    dict(done.aux.updates),
+                    behind,
                 )
             except Exception:
                 # Or nobody would ever have this batch again.
@@ -313,8 +318,21 @@ def gradient(
 
 def _update(
     tx: optax.GradientTransformation, trainable: Patterns, compensation: float | int
-) -> Callable[[TrainState, PyTree, PyTree, Mapping[str, PyTree]], TrainState]:
-    def update(state, then, grads, updates):
+) -> Callable[[TrainState, PyTree, PyTree, Mapping[str, PyTree], Any], TrainState]:
+    """`(state, weights then, gradients, updates, staleness) -> state`.
+
+    Running averages move by how far the batch moved them, from wherever they are now,
+    divided by 1 + staleness. Each pulls towards its batch with what it was then: with
+    many workers all of them pull at once, and without the division the average swings
+    further each time (24 workers and a momentum of 0.9 make variances negative).
+    """
+
+    def move(now, new, old, behind):
+        if jnp.issubdtype(now.dtype, jnp.inexact):
+            return now + ((new - old) / (1 + behind)).astype(now.dtype)
+        return now + (new - old)
+
+    def update(state, then, grads, updates, behind):
         train, frozen = partition(state.params, trainable)
         if compensation:
             before, _ = partition(then, trainable)
@@ -322,10 +340,9 @@ def _update(
             grads = jax.tree.map(at_now, grads, train, before)
         moves, opt_state = tx.update(grads, state.opt_state, train)
         params = combine(optax.apply_updates(train, moves), frozen)
-        # Running averages: how far this batch moved them, from wherever they are now.
         for name, new in updates.items():
-            add = lambda now, new, old: now + (new - old).astype(now.dtype)
-            moved = jax.tree.map(add, params[name], new, then[name])
+            pull = functools.partial(move, behind=behind)
+            moved = jax.tree.map(pull, params[name], new, then[name])
             params = {**params, name: moved}
         return TrainState(state.step + 1, params, opt_state, state.key, state.scaler)
 

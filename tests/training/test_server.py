@@ -1,6 +1,7 @@
 """Each batch counts once, whatever the workers do; and no gradient is too old."""
 
 import threading
+from collections import deque
 
 import jax
 import jax.numpy as jnp
@@ -152,18 +153,41 @@ def test_the_compensation_is_what_the_curvature_does():
     assert off[1] < 0.01 * off[0]
 
 
-def test_running_averages_move_by_what_each_batch_moved_them():
-    tree = {"params": PARAMS, "batch_stats": {"mean": jnp.ones(2)}}
+def test_running_averages_move_by_what_each_batch_moved_them_over_its_delay():
+    stats = {"mean": jnp.ones(2), "seen": jnp.zeros((), jnp.int32)}
+    tree = {"params": PARAMS, "batch_stats": stats}
     begin = first_state(init_state(tree, SGD, jr.key(0), trainable=TRAINABLE), 2)
     server = ParameterServer(begin, SGD, trainable=TRAINABLE, staleness=1)
     works = [server.take(name) for name in "ab"]
     for by, work in zip((0.5, 0.25), works, strict=True):
-        stats = {"mean": work.params["batch_stats"]["mean"] + by}
-        grads = {"params": {"w": jnp.zeros(3)}, "batch_stats": {"mean": None}}
+        then = work.params["batch_stats"]
+        stats = {"mean": then["mean"] + by, "seen": then["seen"] + 1}
+        grads = {"params": PARAMS, "batch_stats": {"mean": None, "seen": None}}
         server.give(
             work.ticket, Done(grads, Aux(updates={"batch_stats": stats}), 0.0, 1)
         )
-    np.testing.assert_allclose(server.kept().state.params["batch_stats"]["mean"], 1.75)
+    got = server.kept().state.params["batch_stats"]
+    np.testing.assert_allclose(got["mean"], 1 + 0.5 + 0.25 / 2)
+    assert got["seen"] == 2  # what counts, counts
+
+
+def test_running_averages_stay_within_what_they_average_however_late():
+    tree = {"params": PARAMS, "batch_stats": {"var": jnp.ones(())}}
+    begin = first_state(init_state(tree, SGD, jr.key(0), trainable=TRAINABLE), 200)
+    server = ParameterServer(begin, SGD, trainable=TRAINABLE, staleness=60)
+    out = deque(server.take(f"{i}") for i in range(31))
+    seen = []
+    while out:
+        work = out.popleft()
+        var = 0.9 * work.params["batch_stats"]["var"] + 0.1 * 4.0
+        updates = {"batch_stats": {"var": var}}
+        grads = {"params": PARAMS, "batch_stats": {"var": None}}
+        server.give(work.ticket, Done(grads, Aux(updates=updates), 0.0, 1))
+        seen.append(float(server.kept().state.params["batch_stats"]["var"]))
+        if (work := server.take("0")) is not None:
+            out.append(work)
+    assert max(a.staleness for a in server.log) == 30
+    assert 1 <= min(seen) and max(seen) <= 4 and seen == sorted(seen)
 
 
 def test_it_goes_on_from_a_checkpoint_with_the_batches_that_are_left(tmp_path):
