@@ -127,7 +127,8 @@ def make_train_step(
             own part of the batch, draws its own random numbers, and leaves it to `tx`
             to average (`parallelism.rounded`, `powersgd`, `average`), before anything
             else in it keeps a state. Statistics of a batch are those of each device's
-            part; metrics and updates are averaged, of integers the largest is taken.
+            part; metrics and updates are averaged, of integers the largest is taken,
+            of random keys that of the first device.
 
     Returns:
         The step. Its metrics are `loss` and what the loss puts into `Aux`.
@@ -211,12 +212,15 @@ def _in_parts(
         grads, changing, i = carry
         seen = type(frozen)({**frozen, **changing}) if changing else frozen
         new, (value, aux) = gradient(train, seen, part, jr.fold_in(key, i))
-        grads = jax.tree.map(jnp.add, grads, new)
+        grads = jax.tree.map(lambda sum_, g: sum_ + g.astype(sum_.dtype), grads, new)
         return (grads, dict(aux.updates), i + 1), (value, aux.metrics)
 
-    begin = jax.tree.map(jnp.zeros_like, train), changing, 0
+    # fp32: each of many bf16 sums drops what is below 1/256 of it.
+    wide = lambda dtype: jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
+    zeros = jax.tree.map(lambda w: jnp.zeros_like(w, dtype=wide(w.dtype)), train)
+    begin = zeros, changing, 0
     (grads, changing, _), (values, metrics) = jax.lax.scan(one, begin, rows)
-    grads = jax.tree.map(lambda g: g / parts, grads)
+    grads = jax.tree.map(lambda g, w: (g / parts).astype(w.dtype), grads, train)
     return grads, (values.mean(), Aux(jax.tree.map(_over_parts, metrics), changing))
 
 
@@ -227,7 +231,11 @@ def _over_parts(x: Array) -> Array:
 def _over_devices(x: Array) -> Array:
     if jnp.issubdtype(x.dtype, jnp.inexact):
         return jax.lax.pmean(x, "data")
-    return jax.lax.pmax(x.astype(jnp.int32), "data").astype(x.dtype)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # which no arithmetic may touch
+        numbers = jax.lax.all_gather(jr.key_data(x), "data")[0]
+        return jr.wrap_key_data(numbers, impl=jr.key_impl(x))
+    numbers = x.astype(jnp.int32) if x.dtype == bool else x
+    return jax.lax.pmax(numbers, "data").astype(x.dtype)
 
 
 def _spread(step: Callable, mesh: Mesh) -> Callable:

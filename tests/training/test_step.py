@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxeff.parallelism import average, make_mesh
 from jaxeff.precision import all_finite
 from jaxeff.training import Aux, init_state, make_train_step
 from jaxeff.tree import pytree
@@ -277,3 +278,61 @@ def test_a_batch_that_has_no_such_parts_is_an_error(getkey):
     step = make_train_step(loss, TX, accumulate=5)
     with pytest.raises(ValueError, match="12 examples .* do not into accumulate=5"):
         step(init_state(params, TX, jr.key(0)), batch)
+
+
+def test_the_sum_of_many_parts_is_as_exact_as_that_of_one(getkey):
+    """In bfloat16 a sum of 256 numbers would lose all that is below 1/256 of it."""
+    params = {"w": jr.normal(getkey(), (64,)).astype(jnp.bfloat16)}
+    batch = jr.normal(getkey(), (256, 64))
+    # What the optimizer is given becomes its state.
+    seen = lambda g, _, params: (jax.tree.map(jnp.zeros_like, g), g)
+    keep = optax.GradientTransformation(lambda p: p, seen)
+
+    def loss(params, batch, key):
+        return ((batch @ params["w"].astype(jnp.float32) - 1) ** 2).mean(), Aux()
+
+    def gradient(parts):
+        step = make_train_step(loss, keep, accumulate=parts)
+        state, _ = step(init_state(params, keep, jr.key(0)), batch)
+        assert state.opt_state["w"].dtype == jnp.bfloat16
+        return state.opt_state["w"].astype(jnp.float32)
+
+    whole = gradient(1)
+    assert jnp.linalg.norm(gradient(256) - whole) < 0.005 * jnp.linalg.norm(whole)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "uint32", "bool"])
+def test_of_integers_on_devices_the_largest_is_taken(dtype):
+    mesh, most = make_mesh(), 1 if dtype == "bool" else np.iinfo(dtype).max
+    tx = optax.chain(average(devices=8), optax.sgd(0.1))
+
+    def loss(params, batch, key):
+        return params["w"].sum(), Aux({"most": batch["n"][0]})
+
+    step = make_train_step(loss, tx, per_device=mesh)
+    numbers = np.zeros(8, dtype)
+    numbers[3] = most
+    _, metrics = step(init_state({"w": jnp.ones(2)}, tx, jr.key(0)), {"n": numbers})
+    got = np.asarray(metrics["most"])
+    assert got.dtype == dtype and got == most
+
+
+@pytest.mark.parametrize("scaler", [None, PowerOfTwo(jnp.float32(8))])
+@pytest.mark.parametrize("parts, spread", [(1, False), (2, False), (1, True)])
+def test_a_loss_may_update_a_random_key(parts, spread, scaler):
+    tx = optax.chain(average(devices=8), optax.sgd(0.1)) if spread else optax.sgd(0.1)
+    options = {"per_device": make_mesh()} if spread else {"accumulate": parts}
+
+    def loss(params, batch, key):
+        updates = {"key": jr.fold_in(params["key"], 1)}
+        return params["w"].sum() * batch.mean(), Aux(updates=updates)
+
+    step = make_train_step(loss, tx, **options)
+    params = {"w": jnp.ones(2), "key": jr.key(5)}
+    state = init_state(params, tx, jr.key(0), scaler=scaler)
+    for _ in range(2):
+        state, _ = step(state, np.ones(8, np.float32))
+    want = jr.key(5)
+    for _ in range(2 * parts):
+        want = jr.fold_in(want, 1)
+    assert state.params["key"] == want
