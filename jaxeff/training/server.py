@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from jaxeff.tree import combine, partition, Patterns, pytree
 
-from .step import Aux, checked, Loss, TrainState
+from .step import Aux, checked, Loss, replaced_entries, TrainState
 
 # Of the delay compensation: Zheng et al. 2017, section 6, for CIFAR-10.
 COMPENSATION = 0.04
@@ -330,7 +330,9 @@ def _update(
     def move(now, new, old, behind):
         if jnp.issubdtype(now.dtype, jnp.inexact):
             return now + ((new - old) / (1 + behind)).astype(now.dtype)
-        return now + (new - old)
+        if jnp.issubdtype(now.dtype, jnp.integer):
+            return now + (new - old)
+        return new  # a random key or a switch, of which there is no difference
 
     def update(state, then, grads, updates, behind):
         train, frozen = partition(state.params, trainable)
@@ -340,10 +342,13 @@ def _update(
             grads = jax.tree.map(at_now, grads, train, before)
         moves, opt_state = tx.update(grads, state.opt_state, train)
         params = combine(optax.apply_updates(train, moves), frozen)
-        for name, new in updates.items():
-            pull = functools.partial(move, behind=behind)
-            moved = jax.tree.map(pull, params[name], new, then[name])
-            params = {**params, name: moved}
+        pull = functools.partial(move, behind=behind)
+        new = replaced_entries(then, updates)
+        moved = {
+            name: jax.tree.map(pull, state.params[name], new[name], then[name])
+            for name in updates
+        }
+        params = replaced_entries(params, moved)
         return TrainState(state.step + 1, params, opt_state, state.key, state.scaler)
 
     return update

@@ -160,7 +160,7 @@ def make_train_step(
             grads, (value, aux) = gradient(train, frozen, batch, key)
         else:
             grads, (value, aux) = _in_parts(
-                gradient, accumulate, train, frozen, batch, key
+                gradient, accumulate, state.params, trainable, batch, key
             )
         if per_device is not None:
             value, aux = jax.tree.map(_over_devices, (value, aux))
@@ -168,7 +168,7 @@ def make_train_step(
             grads = state.scaler.unscale(grads)
         updates, opt_state = tx.update(grads, state.opt_state, train)
         train = optax.apply_updates(train, updates)
-        params = _replace(combine(train, frozen), aux.updates)
+        params = replaced_entries(combine(train, frozen), aux.updates)
         metrics = {"loss": value, **aux.metrics}
         scaler = state.scaler
         if scaler is not None:
@@ -189,7 +189,12 @@ def make_train_step(
 
 
 def _in_parts(
-    gradient: Callable, parts: int, train: PyTree, frozen: PyTree, batch: Any, key: Any
+    gradient: Callable,
+    parts: int,
+    params: PyTree,
+    trainable: Patterns,
+    batch: Any,
+    key: Any,
 ) -> tuple[PyTree, tuple[Array, Aux]]:
     """The mean of the gradients of the parts of a batch, one after another."""
 
@@ -204,16 +209,20 @@ def _in_parts(
 
     rows = jax.tree.map(split, batch)
     first = jax.tree.map(lambda x: x[0], rows)
+    train, frozen = partition(params, trainable)
     updates = jax.eval_shape(gradient, train, frozen, first, key)[1][1].updates
+    replaced_entries(params, updates)  # or what does not fit would fail in the scan
     # What one part updates, such as running averages, the next one goes on from.
-    changing = {name: frozen[name] for name in updates}
+    changing = {name: params[name] for name in updates}
 
     def one(carry, part):
         grads, changing, i = carry
-        seen = type(frozen)({**frozen, **changing}) if changing else frozen
-        new, (value, aux) = gradient(train, seen, part, jr.fold_in(key, i))
+        halves = partition(replaced_entries(params, changing), trainable)
+        new, (value, aux) = gradient(*halves, part, jr.fold_in(key, i))
         grads = jax.tree.map(lambda sum_, g: sum_ + g.astype(sum_.dtype), grads, new)
-        return (grads, dict(aux.updates), i + 1), (value, aux.metrics)
+        seen = replaced_entries(params, aux.updates)
+        changing = {name: seen[name] for name in changing}
+        return (grads, changing, i + 1), (value, aux.metrics)
 
     # fp32: each of many bf16 sums drops what is below 1/256 of it.
     wide = lambda dtype: jnp.float32 if jnp.dtype(dtype).itemsize < 4 else dtype
@@ -286,7 +295,12 @@ def checked(result: Any) -> tuple[Float[Array, ""], Aux]:
     )
 
 
-def _replace(params: Any, updates: Mapping[str, PyTree]) -> Any:
+def replaced_entries(params: Any, updates: Mapping[str, PyTree]) -> Any:
+    """`params` with the entries that a loss updates, in the structure that they had.
+
+    Raises:
+        ValueError: it has no such entry, or one of another form.
+    """
     if not updates:
         return params
     known = list(params) if isinstance(params, Mapping) else []
@@ -295,7 +309,9 @@ def _replace(params: Any, updates: Mapping[str, PyTree]) -> Any:
             f"updates replace top-level entries of params, which has {known}, but the "
             f"loss updates {unknown}. Put them into params before the first step."
         )
-    # A changed dtype or shape would silently compile the next step anew.
+    # A changed dtype or shape would silently compile the next step anew; so would a
+    # `dict` in the place of a `FrozenDict`.
+    entries = dict(params)
     for name, new in updates.items():
         if _form(new) != _form(params[name]):
             raise ValueError(
@@ -303,7 +319,9 @@ def _replace(params: Any, updates: Mapping[str, PyTree]) -> Any:
                 f"replaces, but the loss turns {name} from {_form(params[name])} into "
                 f"{_form(new)}."
             )
-    return type(params)({**params, **updates})
+        structure = jax.tree.structure(params[name])
+        entries[name] = jax.tree.unflatten(structure, jax.tree.leaves(new))
+    return type(params)(entries)
 
 
 def _form(tree: PyTree) -> PyTree:

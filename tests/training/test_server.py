@@ -2,6 +2,7 @@
 
 import threading
 from collections import deque
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from flax.core import freeze
 from hypothesis import given, strategies as st
 
 from jaxeff.training import (
@@ -39,6 +41,10 @@ def kept(steps, params=PARAMS, tx=SGD):
 def done(batch, size=3):
     """A gradient that tells its batch, exactly in float32."""
     return Done({"w": jnp.full(size, 2.0**batch)}, Aux(), 0.0, 1)
+
+
+class Batch(NamedTuple):
+    labels: np.ndarray
 
 
 class Clock:
@@ -205,6 +211,38 @@ def test_it_goes_on_from_a_checkpoint_with_the_batches_that_are_left(tmp_path):
         server.give(work.ticket, done(work.batch))
     assert [a.batch for a in server.log] == [0, 2, 4, 5]
     np.testing.assert_array_equal(server.kept().state.params["w"], -np.full(3, 63.0))
+
+
+@pytest.mark.parametrize("kind", [dict, freeze])
+def test_updates_at_the_server_are_those_of_a_step(kind):
+    """Without staleness; also a key, a count, and an entry that trains."""
+    stats = {"n": jnp.zeros((), jnp.int32), "key": jr.key(3), "on": jnp.array(False)}
+    params = kind({"a": {"w": jnp.ones(2)}, "b": {"w": jnp.ones(2)}, "c": stats})
+
+    def loss(params, batch, key):
+        c = params["c"]
+        c = {"n": c["n"] + 1, "key": jr.fold_in(c["key"], 1), "on": ~c["on"]}
+        updates = {"b": {"w": params["b"]["w"] * 3}, "c": c}
+        value = params["a"]["w"].sum() * params["b"]["w"].sum()
+        return value, Aux(updates=updates)
+
+    server = ParameterServer(kept(3, params), SGD, staleness=0)
+    grad, batches = gradient(loss), lambda n: iter([Batch(np.zeros(1))])
+    worked(server, batches, grad)
+    step, state = make_train_step(loss, SGD), kept(3, params).state
+    for _ in range(3):
+        state, _ = step(state, None)
+    got = server.kept().state.params
+    assert jax.tree.structure(got) == jax.tree.structure(params)
+    equal = jax.tree.map(lambda x, y: (x == y).all(), got, state.params)
+    assert all(jax.tree.leaves(equal)), got
+
+
+def test_an_update_of_no_entry_is_an_error_at_the_server():
+    server = ParameterServer(kept(1), SGD, staleness=0)
+    new = Aux(updates={"stats": jnp.zeros(2)})
+    with pytest.raises(ValueError, match=r"has \['w'\], but the loss updates"):
+        server.give(server.take("a").ticket, done(0)._replace(aux=new))
 
 
 def test_a_gradient_that_does_not_fit_loses_no_batch():

@@ -4,6 +4,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from flax.core import freeze
 
 from jaxeff.parallelism import average, make_mesh
 from jaxeff.precision import all_finite
@@ -120,14 +121,19 @@ def returning(updates):
     return lambda params, batch, key: (jnp.sum(params["w"] ** 2), Aux(updates=updates))
 
 
-def step_with(loss):
+def step_with(loss, trainable="**", accumulate=1):
     params = {"w": jnp.ones(2), "stats": jnp.zeros(2)}
     tx = optax.sgd(0.1)
-    return make_train_step(loss, tx)(init_state(params, tx, jr.key(0)), None)
+    step = make_train_step(loss, tx, trainable=trainable, accumulate=accumulate)
+    state = init_state(params, tx, jr.key(0), trainable=trainable)
+    return step(state, jnp.zeros(2))
 
 
-def test_updates_replace_entries_of_params():
-    state, _ = step_with(returning({"stats": jnp.full(2, 7.0)}))
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("trainable", ["**", "w"])
+def test_updates_replace_entries_of_params(trainable, parts):
+    loss = returning({"stats": jnp.full(2, 7.0)})
+    state, _ = step_with(loss, trainable=trainable, accumulate=parts)
     assert jnp.array_equal(state.params["stats"], jnp.full(2, 7.0))
 
 
@@ -139,9 +145,26 @@ def test_updates_replace_entries_of_params():
         ({"stats": jnp.zeros(2, int)}, r"into int32\[2\]"),
     ],
 )
-def test_an_update_that_fits_no_entry_is_an_error(updates, said):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_update_that_fits_no_entry_is_an_error(updates, said, parts):
     with pytest.raises(ValueError, match=said):
-        step_with(returning(updates))
+        step_with(returning(updates), accumulate=parts)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("kind", [dict, freeze])
+@pytest.mark.parametrize("new_kind", [dict, freeze])
+def test_a_step_keeps_the_types_of_its_params(kind, new_kind, parts):
+    def loss(params, batch, key):
+        updates = {"stats": new_kind({"n": params["stats"]["n"] + 1})}
+        return params["params"]["w"].sum(), Aux(updates=updates)
+
+    params = kind({"params": {"w": jnp.ones(2)}, "stats": {"n": jnp.zeros(2)}})
+    state = init_state(params, TX, jr.key(0), trainable=TRAINABLE)
+    step = make_train_step(loss, TX, trainable=TRAINABLE, accumulate=parts)
+    state, _ = step(state, jnp.zeros(2))
+    assert jax.tree.structure(state.params) == jax.tree.structure(params)
+    assert (state.params["stats"]["n"] == parts).all()
 
 
 @pytest.mark.parametrize(
