@@ -16,7 +16,8 @@ import subprocess
 import sys
 import threading
 import time
-from signal import Signals
+from signal import SIG_IGN, signal, Signals, SIGTERM
+from types import FrameType
 from typing import IO
 
 from jaxeff.training.cli import main
@@ -66,6 +67,12 @@ def passed_on(source: IO[str], to: IO[str], mark: str) -> threading.Thread:
     return thread
 
 
+def stopped(number: int, frame: FrameType | None) -> None:
+    """What a signal does: the program ends by its `finally`, and its processes too."""
+    signal(number, SIG_IGN)  # a second one would cut that short
+    raise SystemExit(128 + number)
+
+
 def launch(c: Config, command: list[str]) -> int:
     """Runs the job; the status of the first process that failed, or 0."""
     if c.processes < 1:
@@ -77,21 +84,23 @@ def launch(c: Config, command: list[str]) -> int:
         )
     address = free_address()
     job, threads = [], []
-    for index in range(c.processes):
-        # The first speaks for all, and may draw a bar.
-        pipe = None if index == 0 else subprocess.PIPE
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            env=environment(c, index, address),
-            stdout=pipe,
-            stderr=pipe,
-            text=True,
-        )
-        job.append(process)
-        for source, to in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
-            if source is not None:
-                threads.append(passed_on(source, to, f"[{index}] "))
+    signal(SIGTERM, stopped)
     try:
+        for index in range(c.processes):
+            # The first speaks for all, and may draw a bar.
+            pipe = None if index == 0 else subprocess.PIPE
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                env=environment(c, index, address),
+                stdout=pipe,
+                stderr=pipe,
+                text=True,
+            )
+            job.append(process)
+            outputs = (process.stdout, sys.stdout), (process.stderr, sys.stderr)
+            for source, to in outputs:
+                if source is not None:
+                    threads.append(passed_on(source, to, f"[{index}] "))
         return waited(job, c.grace)
     finally:
         for process in job:
