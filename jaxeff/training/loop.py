@@ -8,7 +8,7 @@ loss of every step, so it knows exactly where a run went wrong.
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ LAG = 8
 # Dynamic loss scaling halves its scale at each skipped step. From 2^16 it comes to
 # nothing in half as many steps, and then scaling is not what is wrong.
 MOST_SKIPPED = 50
+
+
+# A step, its examples and its metrics.
+Queued = tuple[int, int, Mapping[str, Any]]
 
 
 class NonFiniteLoss(ValueError):
@@ -107,7 +111,7 @@ def fit(
         checkpoint.check_newer(first + 1)
     due = lambda n, every: n == steps or (every is not None and n % every == 0)
     stream = iter(batches)
-    queued: deque[tuple[int, int, Mapping[str, Any]]] = deque()
+    queued: deque[Queued] = deque()
     with (
         _guarded(timeout, checkpoint) as guard,
         Progress(steps, start_step=first, enabled=progress) as shown,
@@ -123,6 +127,7 @@ def fit(
                     f"{steps - first} batches, but they ended after {n - 1 - first}. "
                     "Give more batches, or ask for fewer steps."
                 ) from None
+            guard.look(queued)
             state, values = step(state, batch)
             for value in values.values():
                 value.copy_to_host_async()
@@ -151,6 +156,9 @@ class _Guard:
     def finished(self, step: int) -> None:
         """A step is done."""
 
+    def look(self, queued: Collection[Queued]) -> None:
+        """Some of these may be done, though nobody has read them yet."""
+
     def seldom(self) -> AbstractContextManager:
         """What is done inside takes longer."""
         return nullcontext()
@@ -164,8 +172,18 @@ class _Timed(_Guard):
         self.watchdog = Watchdog(seconds, self._stuck)
 
     def finished(self, step: int) -> None:
-        self.last = step
+        self.last = max(self.last, step)
         self.watchdog.heard()
+
+    def look(self, queued: Collection[Queued]) -> None:
+        # After a pause it takes several steps until one is read. They are only heard
+        # of: all processes read a step, and may stop at it, at the same point.
+        ready = lambda values: all(value.is_ready() for value in values.values())
+        done = [n for n, _, values in queued if ready(values)]
+        # Of the first it hears when there is a second, which may compile anew.
+        more = self.last > 0 or len(queued) > 1
+        if more and done and done[-1] > self.last:
+            self.finished(done[-1])
 
     def seldom(self) -> AbstractContextManager:
         return self.watchdog.seldom()

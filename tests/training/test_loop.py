@@ -1,5 +1,8 @@
 import itertools
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import jax.numpy as jnp
 import jax.random as jr
@@ -19,6 +22,12 @@ from jaxeff.training import (
 )
 from jaxeff.tree import pytree
 
+# Of this module, what takes longer than 5 s.
+SLOW = {
+    "test_the_time_out_hears_of_each_step_that_ends_after_a_pause",
+}
+
+ROOT = Path(__file__).resolve().parents[2]
 TX = optax.sgd(0.1)
 
 
@@ -182,3 +191,21 @@ def test_evaluation_sees_the_weights_of_its_step():
         eval_every=2,
     )
     assert seen == [-2, -4, -6]
+
+
+SLOW_DATA = """
+import time
+from tests.training.test_loop import fit, numbers, start, STEP
+
+slow = (time.sleep(0.3) or batch for batch in numbers())
+pause = {"eval_every": 5, "eval_fn": lambda params: {}}
+state = fit(STEP, start(), slow, steps=10, progress=False, timeout=1.0, **pause)
+print(int(state.step))
+"""
+
+
+def test_the_time_out_hears_of_each_step_that_ends_after_a_pause():
+    """Of which none is read until LAG more are queued, 2.7 s later."""
+    command = [sys.executable, "-c", SLOW_DATA]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "10\n"), done.stderr
