@@ -320,6 +320,8 @@ def check_numbers(c: Config) -> None:
             f"--staleness bounds how far --workers drift apart, got {c.staleness} "
             "without them."
         )
+    if c.staleness is not None and c.staleness < 0:
+        raise ValueError(f"--staleness is 0 or more, got {c.staleness}.")
     if c.epochs is not None and c.data == "text":
         raise ValueError(
             f"a text has no epochs, its windows are drawn, but --epochs is {c.epochs}. "

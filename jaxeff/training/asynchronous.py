@@ -35,6 +35,7 @@ from .progress import Progress
 from .ray_cluster import Cluster, connected
 from .server import (
     Applied,
+    check_bounds,
     COMPENSATION,
     Done,
     first_state,
@@ -261,6 +262,8 @@ class Asynchronous:
                 f"workers={workers}, checkpoint_every={checkpoint_every}, "
                 f"restarts={restarts}."
             )
+        staleness = 2 * workers if staleness is None else staleness
+        check_bounds(staleness, compensation, lease)
         require("ray", "asynchronous runs")
         # A core is no more than a name here: workers share what there is.
         cores = max(os.cpu_count() or 1, workers + 4)
@@ -271,7 +274,7 @@ class Asynchronous:
         self.folder = None if folder is None else Path(folder).resolve()
         options = Options(
             steps=steps,
-            staleness=2 * workers if staleness is None else staleness,
+            staleness=staleness,
             compensation=compensation,
             lease=lease,
             folder=self.folder,
@@ -363,7 +366,8 @@ class Asynchronous:
                         on_look(self, n)
             (params, opt_state), self.log = ray.get(self._server.end.remote())
         except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from None
+            # Whose own message is the traceback in its process.
+            raise (error.cause or error) from error
         except ray.exceptions.RayActorError:
             raise ValueError(
                 "the process that keeps the weights is gone. "

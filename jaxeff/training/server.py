@@ -142,11 +142,7 @@ class ParameterServer:
         Raises:
             ValueError: a bound below 0, or a lease of no time.
         """
-        if staleness < 0 or compensation < 0 or not lease > 0:
-            raise ValueError(
-                f"staleness and compensation are 0 or more and a lease above 0 s, got "
-                f"{staleness}, {compensation} and {lease}."
-            )
+        check_bounds(staleness, compensation, lease)
         self.staleness, self.lease, self.clock = staleness, lease, clock
         # Copied: the caller's arrays stay the caller's.
         self._state = jax.tree.map(jnp.copy, kept.state)
@@ -283,6 +279,19 @@ class ParameterServer:
             self._todo.append(self._out.pop(ticket).work.batch)
         if tickets:
             self._changed.notify_all()
+
+
+def check_bounds(staleness: int, compensation: float | int, lease: float | int) -> None:
+    """Refuses what no `ParameterServer` can have.
+
+    Raises:
+        ValueError: a bound below 0, or a lease of no time.
+    """
+    if not (staleness >= 0 and compensation >= 0 and lease > 0):
+        raise ValueError(
+            f"staleness and compensation are 0 or more and a lease above 0 s, got "
+            f"{staleness}, {compensation} and {lease}."
+        )
 
 
 def first_state(state: TrainState, steps: int) -> Kept:

@@ -403,6 +403,7 @@ def test_what_cannot_run_is_one_line_and_leaves_nothing_behind(tmp_path, capsys)
         (("--workers", -1), "--workers is 0 or more, got -1"),
         (("--workers", 2, "--dtype", "float16"), "Use bfloat16, no --eval-every"),
         (("--staleness", 2), "--staleness bounds how far --workers drift apart, got 2"),
+        (("--workers", 2, "--staleness", -1), "--staleness is 0 or more, got -1"),
         (("--learning-rate", -1), "--learning-rate is above 0, got -1.0"),
         (("--sizes", "width=9"), "no option width"),
         (("--sizes", "stages=wide"), "got 'stages=wide'"),

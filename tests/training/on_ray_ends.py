@@ -48,9 +48,24 @@ def last_updates_after_the_look():
     return int(state.step)
 
 
+def without_data():
+    raise ValueError("there is no such data set.")
+
+
+def message(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+
+
 def main():
     cluster = Cluster(8)
-    said = {"late": last_updates_after_the_look()}
+    bad = Asynchronous(without_data, steps=STEPS, workers=2)
+    said = {
+        "late": last_updates_after_the_look(),
+        "bad": message(lambda: bad.wait(progress=False)),
+    }
     cluster.close()
     print(json.dumps(said))
 

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from jaxeff.training import Aux, Checkpoints
-from jaxeff.training.asynchronous import _Server, Options, Problem
+from jaxeff.training.asynchronous import _Server, Asynchronous, Options, Problem
 from jaxeff.training.server import Done
 
 pytest.importorskip("ray")
@@ -71,3 +71,16 @@ def ends():
 @pytest.mark.slow
 def test_a_run_whose_last_updates_come_after_a_look_is_finished(ends):
     assert ends["late"] == 6
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_a_problem_is_one_line(ends):
+    assert ends["bad"] == "there is no such data set."
+
+
+@pytest.mark.parametrize(
+    "bad", [{"staleness": -1}, {"compensation": float("nan")}, {"lease": 0}]
+)
+def test_numbers_that_no_run_can_have_start_nothing(bad):
+    with pytest.raises(ValueError, match="0 or more and a lease above 0 s, got"):
+        Asynchronous(lambda: None, steps=1, workers=1, **bad)
