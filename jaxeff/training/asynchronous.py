@@ -294,12 +294,18 @@ class Asynchronous:
         self._first = self._server.open.remote(problem, options)
         self._working: dict[Any, _Member] = {}  # by the result to come
         self._names = 0
+        self._closed = False
         self.log: list[Applied] = []
         for _ in range(workers):
             self.add_worker()
 
     def add_worker(self) -> str:
-        """Starts one more; returns its name."""
+        """Starts one more; returns its name.
+
+        Raises:
+            ValueError: the run is over.
+        """
+        self._check_open()
         name = f"worker {self._names}"
         self._names += 1
         actor = self._worker.remote()
@@ -342,8 +348,9 @@ class Asynchronous:
         Raises:
             NonFiniteLoss: a loss, or a weight about to be saved, is inf or nan.
             ValueError: no worker is left and none may be started again, or the server
-                is gone.
+                is gone, or the run is over.
         """
+        self._check_open()
         import ray
 
         saved: int | None = None
@@ -412,7 +419,8 @@ class Asynchronous:
         """Ends all processes of the run."""
         import ray
 
-        if not ray.is_initialized():
+        closed, self._closed = self._closed, True
+        if closed or not ray.is_initialized():
             return
         for member in self._working.values():
             ray.kill(member.actor)
@@ -420,6 +428,14 @@ class Asynchronous:
         self._working.clear()
         if self._cluster is not None:
             self._cluster.close()
+
+    def _check_open(self) -> None:
+        # Without its processes Ray would end this one too.
+        if self._closed:
+            raise ValueError(
+                "a run is waited for once, and this one is over. "
+                + _kept(self.folder, "Make another Asynchronous to go on.")
+            )
 
     def __enter__(self) -> "Asynchronous":
         return self

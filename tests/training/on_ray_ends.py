@@ -45,7 +45,9 @@ class Waits:
 def last_updates_after_the_look():
     run = Asynchronous(problem, steps=STEPS, workers=2)
     state = run.wait(progress=False, metrics=Waits(run), log_every=1)
-    return int(state.step)
+    again = [message(lambda: run.wait(progress=False)), message(run.add_worker)]
+    run.close()
+    return int(state.step), again
 
 
 def without_data():
@@ -62,8 +64,10 @@ def message(call):
 def main():
     cluster = Cluster(8)
     bad = Asynchronous(without_data, steps=STEPS, workers=2)
+    late, again = last_updates_after_the_look()
     said = {
-        "late": last_updates_after_the_look(),
+        "late": late,
+        "again": again,
         "bad": message(lambda: bad.wait(progress=False)),
     }
     cluster.close()

@@ -84,3 +84,10 @@ def test_what_is_wrong_with_a_problem_is_one_line(ends):
 def test_numbers_that_no_run_can_have_start_nothing(bad):
     with pytest.raises(ValueError, match="0 or more and a lease above 0 s, got"):
         Asynchronous(lambda: None, steps=1, workers=1, **bad)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_over_says_so(ends):
+    assert len(ends["again"]) == 2
+    for said in ends["again"]:
+        assert said is not None and "this one is over" in said
