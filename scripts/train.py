@@ -413,14 +413,17 @@ def run(c: Config) -> None:
         check_events()
     check_folder(c)
     join_processes()
-    mesh = make_mesh(fsdp=c.fsdp, tensor=c.tensor)
-    share = Share(*batch_share(mesh), batch_sharding(mesh, c.batch_size))
-    made = make(c, share)
-    steps = made.steps
-    train = with_workers if c.workers else in_step
-    state = train(c, made, mesh)
+    if c.workers:
+        made = make(c, Share())
+        state = with_workers(c, made)
+    else:
+        mesh = make_mesh(fsdp=c.fsdp, tensor=c.tensor)
+        share = Share(*batch_share(mesh), batch_sharding(mesh, c.batch_size))
+        made = make(c, share)
+        state = in_step(c, made, mesh)
     if state is None:
         return
+    steps = made.steps
     about = {"model": c.model, "data": c.data, "sizes": sizes(c.sizes), "steps": steps}
     path = c.output / "model"
     save_model(path, made.model.apply, state.params, about, overwrite=True)
@@ -498,7 +501,7 @@ def in_step(c: Config, made: Made, mesh: Mesh) -> TrainState | None:
             )
 
 
-def with_workers(c: Config, made: Made, mesh: Mesh) -> TrainState | None:
+def with_workers(c: Config, made: Made) -> TrainState | None:
     """Each of --workers processes takes whole batches, and none waits for another."""
     if jax.process_count() > 1:
         raise ValueError(

@@ -20,7 +20,8 @@ import pytest
 
 from jaxeff.models import build
 from jaxeff.training import load_model, read_metrics
-from jaxeff.training.cli import main
+from jaxeff.training.cli import main, parse
+from scripts import train as script
 from scripts.launch import free_address
 from scripts.train import Config, run
 
@@ -275,6 +276,17 @@ def test_workers_train_the_same_model(tmp_path):
     assert "nothing to do" in again
     _, err = finish(start(*TINY, *options, "--steps", 90, "--resume"), 2)
     assert err.startswith("error: ") and "steps" in err and err.count("\n") == 1
+
+
+def test_a_worker_takes_whole_batches_that_divide_by_no_device(tmp_path, monkeypatch):
+    def started(problem, **options):
+        assert len(problem().batch(0).labels) == 99
+        raise ValueError("started")
+
+    monkeypatch.setattr(script, "Asynchronous", started)
+    options = (*TINY, "--workers", 1, "--batch-size", 99, "--output", tmp_path / "run")
+    with pytest.raises(ValueError, match="started"):
+        run(parse(Config, args=[str(option) for option in options]))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
