@@ -123,8 +123,8 @@ class Stages:
     def split(self, blocks: PyTree) -> PyTree:
         """Stacked layers, (layers, ...) each, as (devices, chunks, most layers, ...).
 
-        Shorter stages are filled up with a layer's copy, whose result is not used and
-        whose gradient is zero.
+        Shorter stages are filled up with a layer's copy, which is not used and whose
+        gradient is zero.
 
         Raises:
             ValueError: there are not as many layers as the stages have.
@@ -318,6 +318,7 @@ def _run(
     layers = jnp.asarray(cut.sizes)
     own = jax.tree.map(lambda a: a[0], blocks)  # (chunks, layers, ...)
     most = max(cut.sizes)
+    uneven = min(cut.sizes) < most
 
     def seed(n, layer):
         if key is None:
@@ -326,16 +327,26 @@ def _run(
 
     def stage(weights, x, given):
         n, first, count = given
+        start = x
 
         def layer(x, of):
             at, w = of
+            if not uneven:
+                return run(w, x, at)
+            # A short stage fills up with its first layer again, on what that was given:
+            # where the model is finite, so is what is left out here, and its gradient.
+            used = at < count
+            y = run(w, jnp.where(used, x, start), jnp.where(used, at, 0))
+            return jnp.where(used, y, x)
+
+        def run(w, x, at):
             y = model.block(w, x, seed(n, first + at))
             if (y.shape, y.dtype) != (x.shape, x.dtype):
                 raise ValueError(
                     f"a layer of a pipeline gives what the next one takes, but block "
                     f"turns {x.dtype}{list(x.shape)} into {y.dtype}{list(y.shape)}."
                 )
-            return y if min(cut.sizes) == most else jnp.where(at < count, y, x)
+            return y
 
         if model.remat:
             return jax.lax.scan(
@@ -381,7 +392,12 @@ def _run(
     )
 
     def weights(row):
-        return jax.tree.map(lambda a: a[row.chunk], own)
+        if not uneven:
+            return jax.tree.map(lambda a: a[row.chunk], own)
+        # Not the copies in the weights: they don't train with the layer.
+        at, count = jnp.arange(most), layers[row.chunk * p + device]
+        at = jnp.where(at < count, at, 0)
+        return jax.tree.map(lambda a: a[row.chunk, at], own)
 
     def put(rooms, at, values):
         return [r.at[at].set(v) for r, v in zip(rooms, values, strict=True)]

@@ -133,6 +133,36 @@ def test_stages_may_differ_in_length(schedule):
     check(schedule, layers=7, sizes=(3, 1, 2, 1))
 
 
+@pytest.mark.parametrize("remat", [True, False])
+def test_what_fills_up_a_short_stage_is_finite_where_the_model_is(remat):
+    # The first layer overflows on what later ones are given.
+    def steep(w, x, key):
+        most = jnp.abs(x).max(-1, keepdims=True)
+        return 3 * x + 1e-3 * jnp.exp(w["rate"] * most)
+
+    mean = lambda ends, x, tokens: (x**2).mean()
+    ends, _, tokens = problem()
+    ends = jax.tree.map(lambda a: 0.2 * a, ends)
+    blocks = {"rate": jnp.zeros(3).at[0].set(40.0)}
+    mesh = make_mesh(pipe=2, devices=jax.devices()[:2])
+    cut = Stages(one_f_one_b(2, 2), (2, 1))
+    split = cut.split(blocks)
+    # Nor is it seen what became of the copy since.
+    split = {"rate": split["rate"].at[1, 0, 1].set(jnp.nan)}
+    run = pipeline(embed, steep, mean, cut, mesh, remat=remat)
+    loss, grads = run(cut.place(Pipelined(ends, split), mesh), tokens)
+
+    def one(ends, blocks):
+        x = embed(ends, tokens, None)
+        for rate in blocks["rate"]:
+            x = steep({"rate": rate}, x, None)
+        return mean(ends, x, tokens)
+
+    want, of_whole = jax.value_and_grad(one, argnums=(0, 1))(ends, blocks)
+    assert jnp.isfinite(want) and grads.stages["rate"][1, 0, 1] == 0
+    near((loss, grads.ends, cut.join(grads.stages)), (want, *of_whole))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", [True, False])
 def test_dropout_is_the_same_in_the_backward(remat):
