@@ -7,8 +7,9 @@ They run inside of `shard_map`, where every device holds the gradient of its own
 the batch, and return the mean over the axis, the same on all. What a message leaves out
 is added to the next gradient (error feedback), so nothing is lost, only late (but for
 the rounding of a result to the dtype of the gradient). These
-remainders differ between devices: they are `PerDevice` in the state. `tx.sent(params)`
-says how many bytes a device sends in a step.
+remainders differ between devices: they are `PerDevice` in the state. A gradient that is
+not finite gives a mean that is not, as without compression. `tx.sent(params)` says how
+many bytes a device sends in a step.
 
 Sources: Seide et al. 2014 (error feedback, 1 bit); Karimireddy et al. 2019,
 arXiv:1901.09847 (why it converges); Tang et al. 2021, arXiv:2102.02888, section 5 (both
@@ -160,7 +161,7 @@ def float8(*, devices: int, axis: str = "data", block: int = 256) -> Compression
     most = float(jnp.finfo(kind).max)
 
     def encode(x):
-        scale = _positive(jnp.abs(x).max(-1, keepdims=True) / most)
+        scale = _nonzero(jnp.abs(x).max(-1, keepdims=True) / most)
         return jax.lax.bitcast_convert_type((x / scale).astype(kind), jnp.uint8), scale
 
     def decode(sent):
@@ -238,7 +239,7 @@ def _integers(bits: int, block: int) -> _Coder:
     most = 2 ** (bits - 1) - 1
 
     def encode(x):
-        scale = _positive(jnp.abs(x).max(-1, keepdims=True) / most)
+        scale = _nonzero(jnp.abs(x).max(-1, keepdims=True) / most)
         codes = jnp.round(x / scale).astype(jnp.int8)
         if bits == 4:
             low, high = codes[..., ::2] & 15, codes[..., 1::2] << 4
@@ -315,7 +316,9 @@ def random_k(
         mine = own + flat
         key = jr.fold_in(jr.key(seed), step)
         at = jr.choice(key, flat.size, (count(flat.size),), replace=False)
-        values = jax.lax.pmean(mine[at], axis)
+        # What is not finite is seen at once, whichever numbers were drawn.
+        bad = jnp.where(jnp.isfinite(flat).all(), 0.0, jnp.nan)
+        values = jax.lax.pmean(mine[at] + bad, axis)
         return jnp.zeros_like(flat).at[at].set(values), mine.at[at].set(0.0)
 
     sent = lambda size: 2 * (devices - 1) / devices * count(size) * 4
@@ -440,8 +443,9 @@ def _check_fraction(fraction: float) -> None:
         raise ValueError(f"a fraction is in (0, 1], got {fraction}.")
 
 
-def _positive(scale: Array) -> Array:
-    return jnp.where(scale > 0, scale, 1)
+def _nonzero(scale: Array) -> Array:
+    """A scale to divide by; nan stays nan, so that what is not finite arrives so."""
+    return jnp.where(scale == 0, 1, scale)
 
 
 def _size(params: PyTree) -> int:

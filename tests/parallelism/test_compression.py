@@ -126,6 +126,15 @@ def test_nothing_is_lost_only_late(tx):
     np.testing.assert_allclose(missing, kept, atol=1e-5)
 
 
+@each
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_what_is_not_finite_on_one_device_arrives_so_on_all(tx, bad):
+    grads = gradients()
+    grads["w"] = grads["w"].at[3, 5, 7].set(bad)
+    got, _ = compiled(tx, make_mesh())(grads, tx.init(PARAMS))
+    assert not np.isfinite(got["w"]).all((1, 2)).any()
+
+
 def kept_back(state, size):
     """The mean over the devices of what the state says was not handed out yet."""
     if not hasattr(state, "own"):
