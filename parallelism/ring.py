@@ -10,6 +10,7 @@ Source: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for cl
 of workstations", doi:10.1016/j.jpdc.2008.09.002.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,8 +37,7 @@ PLAIN = Wire(lambda x: x, lambda sent, size: sent)
 def int8_wire(block: int = 256) -> Wire:
     """Eight bits a number, and a float32 scale for each block of them.
 
-    A sum over n devices is rounded n times, n-1 of them on its way. It has no
-    gradient of its own: rounding is flat.
+    A sum over n devices is rounded n times, n-1 of them on its way.
 
     Args:
         block: numbers that share a scale, >= 1.
@@ -49,7 +49,7 @@ def int8_wire(block: int = 256) -> Wire:
         x = x.astype(jnp.float32)
         rows = jnp.pad(x, (0, -x.size % block)).reshape(-1, block)
         scale = jnp.abs(rows).max(-1, keepdims=True) / 127
-        codes = jnp.round(rows / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
+        codes = jnp.round(rows / jnp.where(scale == 0, 1, scale)).astype(jnp.int8)
         return codes, scale
 
     def decode(sent, size):
@@ -63,6 +63,9 @@ def ring_all_reduce(
     x: Num[Array, "*dims"], axis: str, *, wire: Wire = PLAIN
 ) -> Num[Array, "*dims"]:
     """The sum of an array over the devices of an axis, on each of them.
+
+    Its gradient is that of the sum, and travels plain, whatever the wire: rounding is
+    flat and has none of its own.
 
     Args:
         x: of the same shape on every device.
@@ -78,9 +81,26 @@ def ring_all_reduce(
             f"floating-point numbers can be encoded for their way, but this is "
             f"{x.dtype}. Send it plain."
         )
-    n, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    if n == 1:
+    if jax.lax.axis_size(axis) == 1:
         return x
+    return _ring(x, axis, wire) if wire is PLAIN else _encoded(x, axis, wire)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _encoded(x: Array, axis: str, wire: Wire) -> Array:
+    return _ring(x, axis, wire)
+
+
+def _backward(axis: str, wire: Wire, _: None, g: Array) -> tuple[Array]:
+    # Every device gave to all sums, so it gets the sum of all their gradients.
+    return (_ring(g, axis, PLAIN),)
+
+
+_encoded.defvjp(lambda x, axis, wire: (_ring(x, axis, wire), None), _backward)
+
+
+def _ring(x: Array, axis: str, wire: Wire) -> Array:
+    n, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     size = -(-x.size // (2 * n))
     # (way, piece, element): the first half goes up the ring, the second down.
     pieces = jnp.pad(x.reshape(-1), (0, 2 * n * size - x.size)).reshape(2, n, size)

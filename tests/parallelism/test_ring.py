@@ -41,6 +41,13 @@ def test_it_can_be_differentiated():
     np.testing.assert_allclose(ring, plain, rtol=1e-5)
 
 
+def test_the_gradient_of_what_is_rounded_is_that_of_the_sum():
+    mesh, x = make_mesh(devices=jax.devices()[:4]), jr.normal(jr.key(0), (4, 10))
+    to = jr.normal(jr.key(1), x.shape)
+    of = lambda wire: jax.grad(lambda x: (reduced(mesh, wire)(x) * to).sum())(x)
+    np.testing.assert_allclose(of(int8_wire(8)), of(PLAIN), rtol=1e-6)
+
+
 @pytest.mark.parametrize("devices", [2, 8])
 def test_it_sends_the_least_there_can_be_to_both_neighbours(devices):
     mesh, size = make_mesh(devices=jax.devices()[:devices]), 16 * devices
@@ -69,6 +76,13 @@ def test_half_precision_is_rounded_as_float32_is():
     y = reduced(make_mesh(), int8_wire(64))(x).astype(jnp.float32)
     want = x.astype(jnp.float32).sum(0)
     assert np.abs(y[0] - want).max() < 0.05 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_what_is_not_finite_arrives_so_on_all(bad):
+    x = jr.normal(jr.key(0), (8, 100)).at[3, 5].set(bad)
+    y = reduced(make_mesh(), int8_wire(64))(x)
+    assert not np.isfinite(y).all(1).any()
 
 
 def test_integers_are_not_encoded():
