@@ -49,10 +49,14 @@ def make_mesh(
         devices: in place of `jax.devices()`.
 
     Raises:
-        ValueError: the product of the sizes is not the number of devices, or slices
-            do not divide into the outer axes.
+        ValueError: the product of the sizes is not the number of devices, there are
+            none, or slices do not divide into the outer axes.
     """
     devices = jax.devices() if devices is None else devices
+    if len(devices) < 1:
+        raise ValueError(
+            "a mesh has 1 device or more, got devices=[]. Leave devices out for all."
+        )
     others = {
         "pipe": pipe,
         "fsdp": fsdp,
@@ -126,6 +130,20 @@ def _sizes(data: int | None, others: dict[str, int], have: int) -> dict[str, int
             f"product is {have}, or leave out data."
         )
     return given
+
+
+def axis_size(mesh: Mesh, axis: str) -> int:
+    """Devices along an axis of a mesh.
+
+    Raises:
+        ValueError: the mesh has no such axis.
+    """
+    if axis not in mesh.shape:
+        raise ValueError(
+            f"the mesh has the axes {', '.join(map(str, mesh.axis_names))}, and none "
+            f"is called {axis}. Take one of make_mesh, which has all."
+        )
+    return mesh.shape[axis]
 
 
 def split_over_slices(shape: Sequence[int], slices: int) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 
 from jaxeff.tree import pytree, static
 
+from .mesh import axis_size
 from .parts import Spec, spec_of, split_once_more
 
 
@@ -45,9 +46,10 @@ def zero(
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer whose state, of weights that are whole, is in parts.
 
-    It computes what `tx` computes, whatever that is. Weights that are split already, as
-    by `shard`, have their state split once more. For programs of the whole mesh, so not
-    inside of `shard_map` (`make_train_step(per_device=...)`).
+    It computes what `tx` computes, whatever that is. What has a weight's path and its
+    shape, as a moment has, is in parts, and the rest of a state is whole. Weights that
+    are split already, as by `shard`, have their state split once more. For programs of
+    the whole mesh, so not inside of `shard_map` (`make_train_step(per_device=...)`).
 
     Args:
         tx: the optimizer.
@@ -56,10 +58,10 @@ def zero(
         least: the state of weights with fewer numbers stays whole.
 
     Raises:
-        ValueError: in `init`, where no state can be split; in `update`, for other
-            weights than `init` saw.
+        ValueError: the mesh has no such axis; in `init`, where no state can be split;
+            in `update`, for other weights than `init` saw.
     """
-    devices = mesh.shape[axis]
+    devices = axis_size(mesh, axis)
     inner: Any = optax.with_extra_args_support(tx)
 
     def on(x: Any, spec: Spec) -> Any:
@@ -76,14 +78,21 @@ def zero(
 
     def state_on(state: PyTree, params: PyTree, specs: tuple[Spec, ...]) -> PyTree:
         """Moments lie as the parts of their weights, the rest on every device."""
-        lies = jax.tree.unflatten(jax.tree.structure(params), map(_Lies, specs))
-        return optax.tree_map_params(
-            inner,
-            lambda s, at: on(s, at.spec) if s.ndim == len(at.spec) else on(s, ()),
-            state,
-            lies,
-            transform_non_params=lambda s: on(s, ()),
-        )
+        weights, _ = jax.tree_util.tree_flatten_with_path(params)
+        lies = {
+            keys: (w.shape, spec)
+            for (keys, w), spec in zip(weights, specs, strict=True)
+        }
+
+        # By their paths: where an optimizer is masked, a state has fewer leaves.
+        def put(keys: tuple, s: Any) -> Any:
+            for i in range(len(keys) + 1):
+                shape, spec = lies.get(keys[i:], (None, ()))
+                if s.shape == shape:
+                    return on(s, spec)
+            return on(s, ())
+
+        return jax.tree_util.tree_map_with_path(put, state)
 
     def init(params: Any) -> Any:
         weights = jax.tree.leaves(params)
@@ -109,10 +118,3 @@ def zero(
         return all_on(updates, state.whole), ZeroState(new, state.whole, state.parts)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-class _Lies:
-    """A spec that is one leaf."""
-
-    def __init__(self, spec: Spec):
-        self.spec = spec

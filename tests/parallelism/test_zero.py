@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import optax
 import pytest
@@ -90,6 +91,42 @@ def test_a_device_gets_its_part_of_the_sum_and_the_updates_are_gathered(tpus):
     assert found.of("all-reduce").bytes <= 8  # the loss
 
 
+LABELS = {"a": "one", "b": "other", "c": "one"}
+OTHERS = {
+    "masked": optax.masked(optax.adam(1e-2), {"a": True, "b": False, "c": True}),
+    "partition": optax.partition(
+        {"one": optax.adam(1e-2), "other": optax.sgd(0.1)}, LABELS
+    ),
+    "frozen": optax.partition(
+        {"one": optax.adam(1e-2), "other": optax.set_to_zero()}, LABELS
+    ),
+    "muon": optax.contrib.muon(1e-2),
+    "sm3": optax.sm3(1e-2),
+    "adafactor": optax.adafactor(1e-2, min_dim_size_to_factor=8),
+    "several steps": optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation(),
+}
+
+
+@pytest.mark.parametrize("tx", OTHERS.values(), ids=OTHERS)
+def test_the_optimizer_may_be_any(tx):
+    keys = jr.split(jr.key(0), 3)
+    shapes = {"a": (16, 8), "b": (16,), "c": (8, 16)}
+    params = {
+        n: jr.normal(k, s) for (n, s), k in zip(shapes.items(), keys, strict=True)
+    }
+    loss = lambda params, x: sum((jnp.sin(p) * x).sum() for p in params.values())
+    mesh = make_mesh()
+    parts = zero(tx, mesh=mesh, least=16)
+    many, state, _ = trained(loss, parts, replicate(params, mesh), jnp.float32(2))
+    one, whole, _ = trained(loss, tx, params, jnp.float32(2))
+    near(many, one)
+    near(state.state, whole)
+    moments = [
+        x for x in jax.tree.leaves(state) if x.shape in (shapes["a"], shapes["c"])
+    ]
+    assert all(x.addressable_shards[0].data.size * 8 == x.size for x in moments)
+
+
 def test_errors():
     mesh = make_mesh()
     tx = zero(optax.adam(0.1), mesh=mesh)
@@ -97,5 +134,7 @@ def test_errors():
         tx.init({"w": jnp.ones((8, 8))})
     params = {"w": jnp.ones((256, 256))}
     state = tx.init(replicate(params, mesh))
+    with pytest.raises(ValueError, match="the axes x, and none is called data"):
+        zero(optax.adam(0.1), mesh=jax.make_mesh((8,), ("x",)))
     with pytest.raises(ValueError, match="the state is that of 1 weights, but here"):
         tx.update({**params, "b": jnp.ones(3)}, state, params)
