@@ -23,6 +23,7 @@ from jaxeff.program import Conv, dense, Dot, is_leaf, Leaf, lift, Rewritten, tra
 from jaxeff.tree import pytree, static
 
 from .grouped import check_grouped, copying_axes, grouped_sites
+from .mesh import axis_size
 from .parts import axes_of, Spec, spec_of, split_once_more
 
 
@@ -163,6 +164,8 @@ def fully_shard(
 
     Each device sends and receives the bytes of the weights three times in a step of
     training: gathered for the forward and for the backward, and their gradients summed.
+    That is for each use. Where all turns of a loop use one weight, as in an RNN, it is
+    gathered once for the forward and in each turn of the backward: leave it `whole`.
 
     Args:
         fn: any function that JAX can trace.
@@ -174,11 +177,11 @@ def fully_shard(
         whole: patterns of weights that stay whole.
 
     Raises:
-        ValueError: no weight can be split among so many devices, or a pattern matches
-            no weight; or XLA would get the gradient of a grouped convolution wrong,
-            see `grouped.py`.
+        ValueError: the mesh has no such axis, no weight can be split among so many
+            devices, or a pattern matches no weight; or XLA would get the gradient of a
+            grouped convolution wrong, see `grouped.py`.
     """
-    devices = mesh.shape[axis]
+    devices = axis_size(mesh, axis)
     weights = tree.paths(params, is_leaf)
     kept = set(tree.match(whole, weights)) if whole else set()
     scanned = {}

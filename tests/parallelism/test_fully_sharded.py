@@ -65,6 +65,29 @@ def test_weights_are_gathered_twice_and_gradients_summed_once(name):
     assert both.bytes == 2 * split - embedding + every
 
 
+@pytest.mark.parametrize("turns", [2, 5])
+def test_a_weight_that_all_turns_share_is_gathered_in_each_of_the_backward(turns):
+    def rnn(params, x):
+        step = lambda h, x: (jnp.tanh(x + h @ params["again"]), None)
+        h, _ = jax.lax.scan(step, jnp.zeros_like(x[:, 0]), x.swapaxes(0, 1))
+        return ((h @ params["once"]) ** 2).mean()
+
+    keys = jr.split(jr.key(0), 3)
+    params = {
+        n: jr.normal(k, (32, 32))
+        for n, k in zip(("again", "once"), keys[:2], strict=True)
+    }
+    x, size = jr.normal(keys[2], (8, turns, 32)), 4 * 32 * 32
+    mesh = make_mesh(fsdp=8)
+    spread = jax.device_put(x, batch_sharding(mesh, 8))
+    for whole, again in (((), 1 + turns), ("again", 0)):
+        fn, placed = fully_shard(rnn, params, x, mesh=mesh, least=64, whole=whole)
+        compiled = jax.jit(jax.grad(fn)).lower(placed, spread).compile()
+        found = audit(compiled, mesh).of("all-gather", "fsdp")
+        assert found.bytes == (2 + again) * size
+        near(compiled(placed, spread), jax.grad(rnn)(params, x))
+
+
 def test_on_tpus_gradients_are_scattered_as_they_are_summed(tpus):
     # Smaller ones TPUs sum whole, many in one message.
     sizes = {"d_model": 128, "n_heads": 8, "n_kv_heads": 8, "hidden": 256}
@@ -146,6 +169,8 @@ def test_small_weights_and_chosen_ones_stay_whole():
     assert specs["params/embed/embedding"]
     with pytest.raises(ValueError, match="no weight can be split among 8 devices"):
         fully_shard(loss, params, x, mesh=mesh, least=10**9)
+    with pytest.raises(ValueError, match="the axes data, and none is called fsdp"):
+        fully_shard(loss, params, x, mesh=jax.make_mesh((8,), ("data",)))
     with pytest.raises(ValueError, match="matches none"):
         fully_shard(loss, params, x, mesh=mesh, whole="nothing")
 
