@@ -27,13 +27,13 @@ _NEVER = -1e30
 
 def ring_attention(
     q: Float[Array, "b s h d"],
-    k: Float[Array, "b s kv d"],
-    v: Float[Array, "b s kv d"],
+    k: Float[Array, "b t kv d"],
+    v: Float[Array, "_ _ _ wide"],
     axis: str,
     *,
     causal: bool = True,
-    scale: float | None = None,
-) -> Float[Array, "b s h d"]:
+    scale: float | Array | None = None,
+) -> Float[Array, "b s h wide"]:
     """Attention of this device's queries to the keys of all devices.
 
     Memory is that of a few blocks of scores, in the backward too, which computes them
@@ -48,7 +48,9 @@ def ring_attention(
         scale: of the scores; d ** -0.5 by default.
 
     Raises:
-        ValueError: the heads of the queries are no multiple of those of the keys.
+        ValueError: the heads of the queries are no multiple of those of the keys, keys
+            and values are not of the same positions and heads, or with `causal` not of
+            those of the queries.
     """
     b, s, h, d = q.shape
     if h % k.shape[2]:
@@ -56,9 +58,28 @@ def ring_attention(
             f"each head of keys serves as many of queries, but {h} is no multiple of "
             f"{k.shape[2]}."
         )
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"there is a value for each key, but keys have the shape {k.shape} and "
+            f"values {v.shape}. Only their last dims may differ."
+        )
+    if causal and k.shape[1] != s:
+        raise ValueError(
+            f"with causal a query sees the keys before it, but here are {s} queries "
+            f"and {k.shape[1]} keys. Give as many, or causal=False."
+        )
     grouped = q.reshape(b, s, k.shape[2], -1, d)
-    scale = d**-0.5 if scale is None else scale
-    return _ring(grouped, k, v, axis, causal, scale).reshape(b, s, h, d)
+    if scale is None:
+        scale = d**-0.5
+    elif not isinstance(scale, int | float):
+        # A scale that was computed may have a gradient.
+        grouped, scale = grouped.astype(jnp.float32) * scale, 1.0
+    # With check_vma, JAX wants all that goes around to differ between devices alike.
+    each = grouped, k, v, jax.lax.axis_index(axis)
+    zero = sum(jax.lax.full_like(x, 0, jnp.float32, shape=()) for x in each)
+    grouped, k, v = (x + zero.astype(x.dtype) for x in each[:3])
+    out = _ring(grouped, k, v, axis, causal, scale)
+    return out.reshape(b, s, h, -1).astype(q.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -68,7 +89,7 @@ def _ring(q: Any, k: Any, v: Any, axis: str, causal: bool, scale: float) -> Any:
 
 def _forward(q: Any, k: Any, v: Any, axis: str, causal: bool, scale: float) -> Any:
     n, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    b, s, kv, g, d = q.shape
+    b, s, kv, g, _ = q.shape
     rows = (b, kv, g, s)
 
     def attend(of, k, v, state):
@@ -94,9 +115,9 @@ def _forward(q: Any, k: Any, v: Any, axis: str, causal: bool, scale: float) -> A
         coming = _on((k, v), axis, n)
         return *coming, turn(t, k, v, state)
 
-    zero = jnp.zeros(rows, jnp.float32)
+    zero = lambda *shape: jax.lax.full_like(q, 0, jnp.float32, shape=shape)
     # Its own block comes first: there every row has a key, and so a finite maximum.
-    state = (zero + _NEVER, zero, jnp.zeros((*rows, d), jnp.float32))
+    state = (zero(*rows) + _NEVER, zero(*rows), zero(*rows, v.shape[-1]))
     k_now, v_now, state = jax.lax.fori_loop(0, n - 1, step, (k, v, state))
     best, total, out = turn(n - 1, k_now, v_now, state)
     out = out / total[..., None]
@@ -132,7 +153,7 @@ def _backward(axis: str, causal: bool, scale: float, kept: Any, g: Any) -> Any:
         coming = _on((k, v), axis, n)
         return *coming, turn(t, k, v, state)
 
-    zero = lambda x: jnp.zeros(x.shape, jnp.float32)
+    zero = lambda x: jax.lax.full_like(x, 0, jnp.float32)
     state = zero(q), zero(k), zero(v)
     k_now, v_now, state = jax.lax.fori_loop(0, n - 1, step, (k, v, state))
     dq, dk, dv = turn(n - 1, k_now, v_now, state)

@@ -26,7 +26,7 @@ def problem(heads=8, kv=8, dtype=jnp.float32):
     return q, k, v
 
 
-def spread(way, devices, **options):
+def spread(way, devices, check_vma=False, **options):
     mesh = make_mesh(sequence=devices, data=1, devices=jax.devices()[:devices])
     return mesh, jax.jit(
         jax.shard_map(
@@ -34,7 +34,7 @@ def spread(way, devices, **options):
             mesh=mesh,
             in_specs=P(None, "sequence"),
             out_specs=P(None, "sequence"),
-            check_vma=False,
+            check_vma=check_vma,
         )
     )
 
@@ -90,6 +90,41 @@ def test_the_scale_is_the_callers():
         np.testing.assert_allclose(
             spread(way, 4, scale=0.1)[1](q, k, v), want, atol=2e-6
         )
+
+
+def test_a_scale_may_be_computed_and_have_a_gradient():
+    q, k, v = problem(heads=2, kv=2)
+    loss = lambda way: jax.grad(lambda scale: jnp.sin(way(scale)).sum())(0.3)
+    of_ring = loss(lambda scale: spread(ring_attention, 4, scale=scale)[1](q, k, v))
+    of_whole = loss(
+        lambda scale: jax.nn.dot_product_attention(
+            q * scale, k, v, is_causal=True, scale=1.0
+        )
+    )
+    np.testing.assert_allclose(of_ring, of_whole, rtol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_jax_may_keep_account_of_what_differs_between_devices(causal):
+    of = problem(heads=2, kv=1)
+    grads = lambda run: jax.grad(lambda *of: jnp.sin(run(*of)).sum(), (0, 1, 2))(*of)
+    _, plain = spread(ring_attention, 4, causal=causal)
+    _, checked = spread(ring_attention, 4, check_vma=True, causal=causal)
+    for a, b in zip(grads(checked), grads(plain), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_keys_may_be_others_than_those_of_the_queries():
+    q, k, v = problem(heads=2, kv=2)
+    k, v = k[:, : LENGTH // 2], v[:, : LENGTH // 2, :, :4]
+    _, run = spread(ring_attention, 4, causal=False)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * DIM**-0.5
+    want = jnp.einsum("bhqk,bkhw->bqhw", jax.nn.softmax(scores), v)
+    np.testing.assert_allclose(run(q, k, v), want, atol=2e-6)
+    with pytest.raises(ValueError, match="8 queries and 4 keys. Give as many"):
+        spread(ring_attention, 4)[1](q, k, v)
+    with pytest.raises(ValueError, match="there is a value for each key"):
+        run(q, k, v[:, :8])
 
 
 def test_around_the_ring_go_keys_and_values_and_back_their_gradients():
