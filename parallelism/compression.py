@@ -136,7 +136,8 @@ def rounded(
 
 def _rounding(bits: int, block: int) -> _Coder:
     coders = {8: _integers(8, block), 4: _integers(4, block), 1: _signs(block)}
-    if bits not in coders or block < 8 or block % 8:
+    whole = isinstance(block, int)
+    if bits not in coders or not whole or block < 8 or block % 8:
         raise ValueError(
             f"gradients are rounded to 8, 4 or 1 bits in blocks of a multiple of 8, "
             f"got {bits} bits in blocks of {block}."

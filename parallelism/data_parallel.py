@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from .mesh import BATCH_AXES
@@ -130,11 +131,17 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         mesh: from `make_mesh`.
 
     Raises:
-        ValueError: the examples do not divide among the devices; or as `batch_share`.
+        ValueError: an array has no dim of examples, or they do not divide among the
+            devices; or as `batch_share`.
     """
     _, count = batch_share(mesh)
 
     def put(x):
+        if np.ndim(x) < 1:
+            raise ValueError(
+                f"the first dim of every array of a batch counts examples, but one is "
+                f"the scalar {x}. Leave it out, or give it for each example."
+            )
         sharding = batch_sharding(mesh, x.shape[0] * count)
         whole = (x.shape[0] * count, *x.shape[1:])
         return jax.make_array_from_process_local_data(sharding, x, whole)

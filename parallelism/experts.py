@@ -38,7 +38,7 @@ def mixture_of_experts(
     expert: Callable[[PyTree, Array], Array],
     weights: PyTree,
     x: Float[Array, "t d"],
-    logits: Float[Array, "t experts"],
+    logits: Float[Array, "_ experts"],
     axis: str | None = None,
     *,
     k: int = 2,
@@ -58,21 +58,27 @@ def mixture_of_experts(
             gets when all get the same.
 
     Raises:
-        ValueError: the experts do not divide among the devices, or weights are for
-            another number of them; k or capacity is out of range.
+        ValueError: there is no token, or not a row of logits for each; the experts do
+            not divide among the devices, or weights are for another number of them; k
+            or capacity is out of range.
     """
     n = 1 if axis is None else jax.lax.axis_size(axis)
     tokens, experts = logits.shape
+    if not 1 <= tokens == x.shape[0]:
+        raise ValueError(
+            f"each of 1 token or more has its row of logits, but there are "
+            f"{x.shape[0]} tokens and {tokens} rows. Give one for each."
+        )
     held = {a.shape[0] for a in jax.tree.leaves(weights)}
     if experts % n or held != {experts // n}:
         raise ValueError(
             f"the router knows {experts} experts, shared by {n} devices, so weights "
             f"are for {experts / n:g} on each, but they are for {sorted(held)}."
         )
-    if not 1 <= k <= experts or capacity <= 0:
+    if not 1 <= k <= experts or not 0 < capacity < math.inf:
         raise ValueError(
-            f"a token goes to 1 to {experts} experts, with a capacity above 0, got "
-            f"k={k} and capacity={capacity}."
+            f"a token goes to 1 to {experts} experts, with a finite capacity above 0, "
+            f"got k={k} and capacity={capacity}."
         )
     room = min(tokens, max(1, math.ceil(capacity * k * tokens / experts)))
     chances = jax.nn.softmax(logits.astype(jnp.float32))

@@ -31,6 +31,7 @@ from jaxeff.tree import pytree
 
 from .balance import balance
 from .grouped import check_function
+from .mesh import axis_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +263,14 @@ class LayerParallel:
                 "of this kind."
             )
         pieces, _ = chain.cut(self.plan.places)
+        for k, (piece, slots) in enumerate(zip(pieces, self._slots, strict=True)):
+            held = {slot.part for slot in slots}
+            for path in (part.path for part in piece.weights if part not in held):
+                raise ValueError(
+                    f"with these operands piece {k} uses {path}, which another "
+                    "has where it was cut. Call layer_parallel with operands of this "
+                    "kind."
+                )
         local = jax.shard_map(
             functools.partial(self._local, pieces, wraps),
             mesh=self._mesh,
@@ -346,11 +355,12 @@ def layer_parallel(
             Without it every device has room for what the backward of all pieces needs.
 
     Raises:
-        ValueError: there are not enough places to cut, or the plan is for another
-            number of devices; or XLA would get the gradient of a grouped convolution
-            wrong, see `grouped.py`; when called, if operands make another program.
+        ValueError: the mesh has no axis `pipe`, there are not enough places to cut, or
+            the plan is for another number of devices; or XLA would get the gradient of
+            a grouped convolution wrong, see `grouped.py`; when called, if operands make
+            another program.
     """
-    devices = mesh.shape["pipe"]
+    devices = axis_size(mesh, "pipe")
     check_function(fn, mesh, params, *args, manual={"pipe"}, **kwargs)
     chain = Chain(fn, params, args, kwargs)
     plan = _plan(chain, devices, crossing, slack) if plan is None else plan

@@ -69,10 +69,10 @@ def diloco(
             (in `init`) than weights.
     """
     check_devices(devices)
-    if not 1 <= parts <= every:
+    if not 1 <= parts <= every or not isinstance(every, int):
         raise ValueError(
-            f"parts of the model meet one after another within {every} steps, so "
-            f"1 <= parts <= every, got parts={parts} and every={every}."
+            f"parts of the model meet one after another within a whole number of "
+            f"steps, so 1 <= parts <= every, got parts={parts} and every={every}."
         )
     meets_at = [every * (part + 1) // parts % every for part in range(parts)]
 

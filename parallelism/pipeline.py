@@ -63,14 +63,15 @@ class Stages:
     """
 
     schedule: Schedule
-    layers: Sequence[int] | int
+    layers: Sequence[int] | np.ndarray | int
 
     def __post_init__(self):
         stages = self.schedule.stages
-        if isinstance(self.layers, Sequence):
-            layers = tuple(map(int, self.layers))
+        given = np.asarray(self.layers)
+        if given.ndim:
+            layers = tuple(map(int, given))
         else:
-            less, more = divmod(int(self.layers), stages)
+            less, more = divmod(int(given), stages)
             layers = tuple(less + (k < more) for k in range(stages))
         object.__setattr__(self, "layers", layers)
         if len(self.sizes) != stages or min(self.sizes) < 1:
@@ -190,9 +191,10 @@ def pipeline(
             `jax.checkpoint` inside of `block` leave them anything to put off.)
 
     Raises:
-        ValueError: mesh and schedule do not fit together; while tracing, where the
-            batch does not divide into microbatches, a layer changes x or a weight is
-            not floating.
+        ValueError: mesh and schedule do not fit together; while tracing, where weights
+            are not as `stages` splits them or not floating, the batch does not divide
+            into microbatches, x is no array, a layer changes it, or a loss is no
+            number.
     """
     s = stages.schedule
     if (have := mesh.shape.get("pipe", 1)) != s.devices:
@@ -209,7 +211,20 @@ def pipeline(
     model = _Model(embed, block, head, not in_two if remat is None else remat, in_two)
     manual = tuple(name for name in ("pipe", "data") if name in mesh.axis_names)
 
-    def run(params: Pipelined, batch: Any, key: Any = None) -> tuple[Array, Pipelined]:
+    def run(params: Any, batch: Any, key: Any = None) -> tuple[Array, Pipelined]:
+        if not isinstance(params, Pipelined):
+            raise ValueError(
+                f"a pipeline takes its weights as Pipelined(ends, stages), but these "
+                f"are a {type(params).__name__}. Make them with Stages.split."
+            )
+        places = s.devices, s.chunks, max(stages.sizes)
+        for path, w in paths(params.stages).items():
+            if w.shape[:3] != places:
+                raise ValueError(
+                    f"the weights of stages have the first dims (devices, chunks, most "
+                    f"layers) = {places}, but {path} has the shape {w.shape}. Split "
+                    "them with the Stages of this pipeline."
+                )
         shards = mesh.shape.get("data", 1)
         shapes = {jnp.shape(x) for x in jax.tree.leaves(batch)}
         examples = {shape[0] if shape else 0 for shape in shapes}
@@ -368,6 +383,19 @@ def _run(
 
     embedded = lambda ends, n: model.embed(ends, microbatch(n), seed(n, -1))
     x = jax.eval_shape(embedded, ends, jnp.int32(0))
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"stages hand on one array, but embed gives a {type(x).__name__}. Join "
+            "what it holds, as along the last dim."
+        )
+    loss = jax.eval_shape(
+        lambda x, n: model.head(ends, x, microbatch(n)), x, jnp.int32(0)
+    )
+    if jnp.shape(loss) != ():
+        raise ValueError(
+            f"head gives the loss of a microbatch, a number, but this has the shape "
+            f"{jnp.shape(loss)}. Take the mean."
+        )
     zero = jnp.zeros(x.shape, x.dtype)
     chunk = jax.tree.map(lambda a: a[0], own)
     integer = jnp.int32(0)

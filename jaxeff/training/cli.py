@@ -178,7 +178,7 @@ def join_processes(environment: Mapping[str, str] | None = None) -> bool:
         Whether the job has several processes.
 
     Raises:
-        ValueError: some of the three variables are missing, or not numbers.
+        ValueError: some of the three variables are missing, or not of that form.
     """
     given = os.environ if environment is None else environment
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -189,8 +189,14 @@ def join_processes(environment: Mapping[str, str] | None = None) -> bool:
                 f"a process of several is told {', '.join(names)}, but the last two "
                 f"are {' and '.join(map(repr, numbers))}. Set both to whole numbers."
             )
+        address = given[names[0]]
+        if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdecimal():
+            raise ValueError(
+                f"{names[0]} is host:port, got {address!r}. Add a free port, as in "
+                "localhost:12345."
+            )
         count, index = map(int, numbers)
-        jax.distributed.initialize(given[names[0]], count, index)
+        jax.distributed.initialize(address, count, index)
         return count > 1
     several = (
         _number(given, "SLURM_NTASKS") > 1 and "SLURM_LOCALID" in given,

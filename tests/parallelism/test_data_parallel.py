@@ -175,3 +175,8 @@ def test_every_axis_over_several_processes_is_one_device(processes):
     assert run.returncode == 0, run.stderr[-3000:]
     held = run.stdout.splitlines()
     assert [name for name in CASES if name in held] == CASES, run.stdout
+
+
+def test_a_batch_with_a_scalar_is_an_error():
+    with pytest.raises(ValueError, match="one is the scalar 3.0. Leave it out"):
+        shard_batch({"x": np.ones((8, 2)), "n": np.float32(3)}, make_mesh())

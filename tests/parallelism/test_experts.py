@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -127,11 +129,19 @@ def test_half_precision_stays_half():
         ({"k": 0}, "got k=0"),
         ({"k": 9}, "1 to 8 experts, .* got k=9"),
         ({"capacity": 0.0}, "capacity=0.0"),
+        ({"capacity": math.nan}, "finite capacity above 0, got .* capacity=nan"),
     ],
 )
 def test_numbers_out_of_range_are_an_error(change, said):
     with pytest.raises(ValueError, match=said):
         mixture_of_experts(expert, *problem(), **change)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(5, 6), (1, 6), (0, 0)])
+def test_tokens_without_logits_are_an_error(tokens, rows):
+    weights, x, logits = problem()
+    with pytest.raises(ValueError, match=f"are {tokens} tokens and {rows} rows"):
+        mixture_of_experts(expert, weights, x[:tokens], logits[:rows])
 
 
 def test_experts_that_are_not_there_are_an_error():

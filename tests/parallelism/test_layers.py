@@ -131,6 +131,20 @@ def test_other_batches_fit_and_other_programs_do_not():
         layered(weights, x, x)
 
 
+def test_a_program_of_as_many_steps_that_uses_weights_elsewhere_is_an_error():
+    def fn(params, x, turned=None):
+        for w in params if turned is None else params[::-1]:
+            x = jnp.tanh(x @ w)
+        return x
+
+    params, x = [jr.normal(jr.key(i), (8, 8)) for i in range(4)], jnp.ones((8, 8))
+    layered, weights = layer_parallel(fn, params, x, mesh=make_mesh(pipe=4))
+    with pytest.raises(ValueError, match="piece 0 uses 3, which another has where"):
+        layered(weights, x, turned=True)
+    with pytest.raises(ValueError, match="the axes data, and none is called pipe"):
+        layer_parallel(fn, params, x, mesh=jax.make_mesh((8,), ("data",)))
+
+
 def test_skips_that_cross_everywhere_are_refused_with_their_number():
     model, x = model_and_data("unet")
     params = jax.eval_shape(model.init, jr.key(0), x)

@@ -50,6 +50,11 @@ def test_sizes_that_do_not_make_up_the_devices_are_an_error(sizes, said):
         make_mesh(**sizes)
 
 
+def test_a_mesh_of_no_device_is_an_error():
+    with pytest.raises(ValueError, match="1 device or more, got devices="):
+        make_mesh(devices=[])
+
+
 def test_devices_of_the_axis_that_sends_most_are_neighbours():
     mesh = make_mesh(tensor=2, pipe=2)
     ids = [d.id for d in mesh.devices.reshape(2, 2, 2)[0, 0]]

@@ -308,6 +308,7 @@ def test_layers_come_back_as_they_were():
         Stages(one_f_one_b(2, 4), [5, 2]),
     ):
         assert (cut.join(cut.split(blocks))["w"] == blocks["w"]).all()
+    assert Stages(one_f_one_b(2, 4), np.array([5, 2])).sizes == (5, 2)
     assert Stages(one_f_one_b(2, 4, 3), 7).sizes == (2, 1, 1, 1, 1, 1)
     # Device 0 has the stages 0, 2 and 4.
     held = Stages(one_f_one_b(2, 4, 3), 7).split(blocks)["w"][0, :, 0, 0]
@@ -361,6 +362,18 @@ def test_sizes_that_do_not_fit_are_an_error():
     wider = lambda w, x, key: jnp.concatenate([x, x], -1)
     with pytest.raises(ValueError, match="a layer of a pipeline gives what"):
         pipeline(embed, wider, head, cut, mesh)(params, tokens)
+    with pytest.raises(ValueError, match=r"Pipelined\(ends, stages\), but .* a tuple"):
+        run((ends, params.stages), tokens)
+    other = Stages(one_f_one_b(2, 4), (3, 1)).split(blocks)
+    for stages in (other, blocks):
+        with pytest.raises(ValueError, match=r"most layers\) = \(2, 1, 2\), but "):
+            run(Pipelined(ends, stages), tokens)
+    two = lambda *of: (embed(*of), 0)
+    with pytest.raises(ValueError, match="one array, but embed gives a tuple"):
+        pipeline(two, block, head, cut, mesh)(params, tokens)
+    row = lambda ends, x, tokens: x.mean((0, 1))
+    with pytest.raises(ValueError, match=r"a number, but this has the shape \(16,\)"):
+        pipeline(embed, block, row, cut, mesh)(params, tokens)
     counted = Pipelined(ends | {"count": jnp.int32(3)}, params.stages)
     with pytest.raises(ValueError, match="every weight, but ends/count is int32"):
         run(counted, tokens)

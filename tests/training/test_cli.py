@@ -135,6 +135,13 @@ def test_half_a_description_of_the_job_is_an_error():
         )
 
 
+@pytest.mark.parametrize("address", ["localhost", "localhost:", ":1"])
+def test_an_address_without_host_or_port_is_an_error(address):
+    job = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+    with pytest.raises(ValueError, match=f"is host:port, got '{address}'"):
+        join_processes({"JAX_COORDINATOR_ADDRESS": address, **job})
+
+
 def test_a_missing_package_of_an_extra_is_one_line_that_says_how_to_get_it(capsys):
     def run(config):
         raise ModuleNotFoundError("No module", name="safetensors")
