@@ -76,7 +76,8 @@ def ring_attention(
         grouped, scale = grouped.astype(jnp.float32) * scale, 1.0
     # With check_vma, JAX wants all that goes around to differ between devices alike.
     each = grouped, k, v, jax.lax.axis_index(axis)
-    zero = sum(jax.lax.full_like(x, 0, jnp.float32, shape=()) for x in each)
+    zeros = (jax.lax.full_like(x, 0, jnp.float32, shape=()) for x in each)
+    zero = functools.reduce(jnp.add, zeros)
     grouped, k, v = (x + zero.astype(x.dtype) for x in each[:3])
     out = _ring(grouped, k, v, axis, causal, scale)
     return out.reshape(b, s, h, -1).astype(q.dtype)
