@@ -12,7 +12,9 @@ from jaxeff.parallelism import (
     audit,
     average,
     batch_sharding,
+    diloco,
     float8,
+    local_weights,
     make_mesh,
     place_state,
     powersgd,
@@ -22,7 +24,7 @@ from jaxeff.parallelism import (
     top_k,
 )
 from jaxeff.precision import DynamicLossScale
-from jaxeff.training import Aux, init_state, make_train_step
+from jaxeff.training import Aux, Checkpoints, init_state, make_train_step
 
 N = 8
 PARAMS = {"w": jnp.zeros((48, 40)), "b": jnp.zeros(40)}
@@ -310,6 +312,41 @@ def test_a_state_is_placed_as_a_step_leaves_it():
     assert all(a.sharding.is_equivalent_to(b.sharding, a.ndim) for a, b in placed)
     specs = state_specs(after.opt_state)
     assert specs.own == P("data") and specs.step == P()
+
+
+RESUMED = {
+    "4 bits": optax.chain(rounded(4, devices=N, block=64), optax.adam(1e-2)),
+    "apart": optax.chain(
+        apart(optax.scale_by_rms(), devices=N), powersgd(2, devices=N), optax.sgd(0.1)
+    ),
+    "diloco": diloco(
+        optax.adamw(1e-2), optax.sgd(0.7, momentum=0.9), every=3, devices=N
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(name, tmp_path):
+    mesh, tx = make_mesh(), RESUMED[name]
+    view = local_weights if name == "diloco" else None
+    params, batch = problem()
+    step = make_train_step(loss, tx, per_device=mesh, view=view)
+    first = lambda: place_state(init_state(params, tx, jr.key(0)), mesh)
+
+    def after(state, steps):
+        for _ in range(steps):
+            state, _ = jax.block_until_ready(step(state, batch))
+        return state
+
+    # In between of two meetings: devices have drifted apart.
+    state = after(first(), 2)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        checkpoints.wait()
+        back = checkpoints.restore(first())
+    leaves = lambda s: jax.tree.leaves((s.params, s.opt_state))
+    for a, b in zip(leaves(after(state, 3)), leaves(after(back, 3)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize(
