@@ -31,6 +31,7 @@ from jaxeff.program import halves, trace
 from jaxeff.tree import paths, pytree
 
 from .balance import balance
+from .grouped import check_function
 from .schedules import Schedule
 from .tables import KINDS, make_table, Row
 
@@ -245,6 +246,18 @@ def pipeline(
                     f"a pipeline returns the gradient of every weight, but {path} is "
                     f"{w.dtype}, which has none. Leave it out of the weights."
                 )
+        part = lambda x: jax.ShapeDtypeStruct(
+            (n // s.microbatches // shards, *x.shape[1:]), x.dtype
+        )
+        layer = lambda w: jax.ShapeDtypeStruct(w.shape[len(places) :], w.dtype)
+        check_function(
+            functools.partial(_one_layer, model),
+            mesh,
+            Pipelined(params.ends, jax.tree.map(layer, params.stages)),
+            jax.tree.map(part, batch),
+            key,
+            manual=manual,
+        )
         data = None if key is None else jr.key_data(key)
         wrap = functools.partial(
             jr.wrap_key_data, impl=None if key is None else jr.key_impl(key)
@@ -301,6 +314,12 @@ class _Model(NamedTuple):
     head: Callable
     remat: bool
     in_two: bool  # the backward is
+
+
+def _one_layer(model: _Model, params: Pipelined, batch: Any, key: Any) -> Array:
+    """A model of one layer, in which all kinds of operations are."""
+    x = model.block(params.stages, model.embed(params.ends, batch, key), key)
+    return model.head(params.ends, x, batch)
 
 
 class _State(NamedTuple):

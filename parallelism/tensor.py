@@ -26,6 +26,7 @@ from jaxeff import tree
 from jaxeff.program import Cut, notes, Program, Site, table, trace, unlift
 
 from .grouped import check_function, check_grouped, grouped_sites
+from .mesh import axis_size
 from .pieces import divide, divided, Division, joins, Pieces, Piecewise
 
 # What is in no product is split for its memory alone, from this part of all weights on:
@@ -252,12 +253,7 @@ def shard(
         ValueError: nothing can be split among so many devices. Or XLA would get the
             gradient of a grouped convolution wrong, see `grouped.py`.
     """
-    if "tensor" not in mesh.shape:
-        raise ValueError(
-            f"weights are split over the axis tensor, and the mesh has "
-            f"{', '.join(mesh.axis_names)}. Make it with make_mesh(tensor=...)."
-        )
-    devices = mesh.shape["tensor"]
+    devices = axis_size(mesh, "tensor")
     if devices == 1:
         if whole:
             tree.match(whole, tree.paths(params))

@@ -11,8 +11,11 @@ from jaxeff.parallelism import (
     fully_shard,
     layer_parallel,
     make_mesh,
+    one_f_one_b,
+    pipeline,
     replicate,
     shard,
+    Stages,
 )
 
 
@@ -87,3 +90,19 @@ def test_elsewhere_it_is_right(case):
     more = {"least": 16} if how is fully_shard and mesh.shape["fsdp"] > 1 else {}
     fn, placed = how(loss, PARAMS, X, mesh=mesh, **more)
     np.testing.assert_allclose(wrong_by(fn, placed, mesh), 0, atol=1e-5)
+
+
+def test_a_pipeline_with_them_is_refused_too():
+    block = lambda w, x, key: jnp.tanh(conv(x, w["deep"], 8))
+    stages = Stages(one_f_one_b(2, 2), 2)
+    run = pipeline(
+        lambda ends, x, key: conv(x, ends["in"], 1),
+        block,
+        lambda ends, x, batch: (x.mean((1, 2)) @ ends["out"]).var(),
+        stages,
+        make_mesh(pipe=2, fsdp=2, tensor=2),
+    )
+    deep = {"deep": jnp.stack([PARAMS["deep"]] * 2)}
+    ends = {name: PARAMS[name] for name in ("in", "out")}
+    with pytest.raises(ValueError, match="copies along tensor, .* stages/deep is the"):
+        run(Pipelined(ends, stages.split(deep)), X)

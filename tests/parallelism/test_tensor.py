@@ -166,7 +166,7 @@ def test_heads_that_do_not_divide_stay_whole_and_the_rest_is_split():
 
 def test_a_mesh_without_the_axis_is_an_error():
     fn, params, x = problem("gpt")
-    with pytest.raises(ValueError, match="axis tensor, and the mesh has data. Make it"):
+    with pytest.raises(ValueError, match="axes data, and none is called tensor"):
         shard(fn, params, x, mesh=jax.make_mesh((8,), ("data",)))
     with pytest.raises(ValueError, match="1 device or more share each layer, got 0"):
         plan_tensor(fn, params, x, devices=0)
