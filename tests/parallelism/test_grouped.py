@@ -13,6 +13,7 @@ from jaxeff.parallelism import (
     make_mesh,
     one_f_one_b,
     pipeline,
+    Pipelined,
     replicate,
     shard,
     Stages,
