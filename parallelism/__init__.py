@@ -27,11 +27,16 @@ from .layers import (
     LayerPlan as LayerPlan,
     plan_layers as plan_layers,
 )
-from .local_steps import diloco as diloco, local_weights as local_weights
+from .local_steps import (
+    diloco as diloco,
+    drifts as drifts,
+    local_weights as local_weights,
+)
 from .mesh import make_mesh as make_mesh, tpu_devices as tpu_devices
 from .per_device import (
     apart as apart,
     averages as averages,
+    check_state as check_state,
     PerDevice as PerDevice,
     place_state as place_state,
     state_specs as state_specs,

@@ -146,6 +146,12 @@ def local_weights(params: PyTree, opt_state: PyTree) -> PyTree:
     return jax.tree.map(lambda p, d: p + d[0], params, found[0].drift.values)
 
 
+def drifts(opt_state: PyTree) -> bool:
+    """Whether a diloco in an optimizer keeps how far each device has moved."""
+    ours = lambda x: isinstance(x, _Apart)
+    return any(map(ours, jax.tree.leaves(opt_state, is_leaf=ours)))
+
+
 def _parts(sizes: Sequence[int], parts: int) -> list[list[int]]:
     """Which arrays are in which part: neighbours apart, the largest first."""
     if parts > len(sizes):

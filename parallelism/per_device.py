@@ -87,8 +87,51 @@ def averages(state: PyTree) -> bool:
     return any(not isinstance(x, Apart) for x in found)
 
 
+def check_state(state: PyTree, devices: int, axis: str = "data") -> None:
+    """Refuses a state that the devices of an axis cannot share.
+
+    Raises:
+        ValueError: it was made for another number of devices; or what gathers from
+            gradients comes before what averages them, so that each device would gather
+            something else, and one of them would be taken for all.
+    """
+    one = lambda x: isinstance(x, PerDevice)
+    parts = [x for x in jax.tree.leaves(state, is_leaf=one) if one(x)]
+    for n in sorted({x.shape[0] for x in jax.tree.leaves(parts)} - {devices}):
+        raise ValueError(
+            f"the transform was made for {n} devices, but the axis {axis} has "
+            f"{devices}. Make it for {devices}."
+        )
+    early = _before_average(state)
+    if early is not None:
+        raise ValueError(
+            f"{early} keeps what it gathers from gradients, and stands before what "
+            "averages these: each device would keep something else. Put it behind, or "
+            "inside of parallelism.apart."
+        )
+
+
+def _before_average(state: PyTree) -> str | None:
+    """The kind of a state in a chain that gathers before anything averages."""
+    if type(state) is not tuple:  # as `optax.chain` makes it
+        return None
+    for part in state:
+        if averages(part):
+            return _before_average(part)
+        one = lambda x: isinstance(x, PerDevice)
+        for x in jax.tree.leaves(part, is_leaf=one):
+            if not one(x) and jnp.issubdtype(x.dtype, jnp.inexact) and x.size > 1:
+                return type(part).__name__
+    return None
+
+
 def place_state(state: PyTree, mesh: Mesh, axis: str = "data") -> PyTree:
-    """A state on its devices: each has its own part, and the rest whole."""
+    """A state on its devices: each has its own part, and the rest whole.
+
+    Raises:
+        ValueError: it was made for another number of devices, see `check_state`.
+    """
+    check_state(state, mesh.shape[axis], axis)
     one = lambda x: isinstance(x, PerDevice)
     own = NamedSharding(mesh, P(axis))
     put = lambda x: jax.device_put(x, own) if one(x) else replicate(x, mesh)

@@ -15,7 +15,13 @@ import optax
 from jax.sharding import Mesh, PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from jaxeff.parallelism import averages, batch_sharding, state_specs
+from jaxeff.parallelism import (
+    averages,
+    batch_sharding,
+    check_state,
+    drifts,
+    state_specs,
+)
 from jaxeff.precision import all_finite
 from jaxeff.tree import combine, partition, Patterns, pytree
 
@@ -184,7 +190,7 @@ def make_train_step(
         return new, metrics
 
     if per_device is not None:
-        step = _spread(step, per_device)
+        step = _spread(step, per_device, view is not None)
     return jax.jit(step, donate_argnums=0)
 
 
@@ -247,7 +253,7 @@ def _over_devices(x: Array) -> Array:
     return jax.lax.pmax(numbers, "data").astype(x.dtype)
 
 
-def _spread(step: Callable, mesh: Mesh) -> Callable:
+def _spread(step: Callable, mesh: Mesh, viewed: bool) -> Callable:
     """The step on each device's part of the batch."""
 
     def spread(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
@@ -257,7 +263,18 @@ def _spread(step: Callable, mesh: Mesh) -> Callable:
                 "in tx averages them. Begin it with parallelism.average(devices=...), "
                 "or with one that also compresses."
             )
+        check_state(state.opt_state, mesh.shape["data"])
+        if drifts(state.opt_state) and not viewed:
+            raise ValueError(
+                "with diloco each device has weights of its own, and the loss sees "
+                "those that all agreed on last. Give view=parallelism.local_weights."
+            )
         for x in jax.tree.leaves(batch):
+            if jnp.ndim(x) == 0:
+                raise ValueError(
+                    "devices share a batch along its first dim, and a number in it has "
+                    "none. Leave it out, or repeat it for each example."
+                )
             batch_sharding(mesh, x.shape[0])
         # By field: a `TrainState` of specs would be none of arrays.
         names = [f.name for f in dataclasses.fields(state)]

@@ -244,6 +244,39 @@ def test_what_does_not_train_is_left_alone(name):
     assert (state.params["w"] != params["w"]).any()
 
 
+def test_what_gathers_before_gradients_are_averaged_is_refused():
+    mesh = make_mesh()
+    params, batch = problem()
+    means = average(devices=N)
+    run = lambda tx: make_train_step(loss, tx, per_device=mesh)(
+        init_state(params, tx, jr.key(0)), batch
+    )
+    for early in (optax.chain(optax.clip(1.0), optax.scale_by_adam()), optax.ema(0.9)):
+        with pytest.raises(ValueError, match="stands before what averages these"):
+            run(optax.chain(early, means, optax.sgd(0.1)))
+        run(optax.chain(means, early, optax.sgd(0.1)))
+        run(optax.chain(apart(early, devices=N), means, optax.sgd(0.1)))
+
+
+def test_a_state_of_other_devices_is_refused():
+    mesh = make_mesh()
+    params, batch = problem()
+    tx = optax.chain(rounded(8, devices=N // 2), optax.sgd(0.1))
+    state = init_state(params, tx, jr.key(0))
+    with pytest.raises(ValueError, match="made for 4 devices, but the axis data has 8"):
+        place_state(state, mesh)
+    with pytest.raises(ValueError, match="made for 4 devices, but the axis data has 8"):
+        make_train_step(loss, tx, per_device=mesh)(state, batch)
+
+
+def test_a_number_in_a_batch_is_refused():
+    params, batch = problem()
+    tx = optax.chain(average(devices=N), optax.sgd(0.1))
+    step = make_train_step(loss, tx, per_device=make_mesh())
+    with pytest.raises(ValueError, match="along its first dim, and a number in it has"):
+        step(init_state(params, tx, jr.key(0)), (batch, jnp.float32(2)))
+
+
 def test_all_devices_skip_a_step_that_overflowed_on_one():
     mesh, tx = make_mesh(), optax.chain(average(devices=N), optax.sgd(1.0))
 

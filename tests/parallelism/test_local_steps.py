@@ -178,3 +178,10 @@ def test_errors():
             in_specs=(),
             out_specs=jax.sharding.PartitionSpec(),
         )()
+
+
+def test_without_a_view_of_the_own_weights_it_is_refused():
+    tx = diloco(optax.sgd(0.1), optax.sgd(1.0), every=2, devices=N)
+    step = make_train_step(loss, tx, per_device=make_mesh())
+    with pytest.raises(ValueError, match="Give view=parallelism.local_weights"):
+        step(init_state(PARAMS, tx, jr.key(0)), batch_of(0))
