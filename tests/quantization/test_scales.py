@@ -25,7 +25,7 @@ def test_degenerate_blocks_have_a_step_that_says_so():
 
 
 def test_an_unknown_way_to_fit_is_one_clear_line():
-    with pytest.raises(ValueError, match='"absmax", "mse" or "hqq", or in .* got \'best\''):
+    with pytest.raises(ValueError, match='"mse" or "hqq", or in .* got \'best\''):
         scales.fit(jnp.ones((2, 2)), int8, [2, 1], method="best")
     with pytest.raises(ValueError, match="int8 has none: choose `uint4`"):
         scales.fit(jnp.ones((2, 2)), int8, [2, 1], method="hqq")
