@@ -43,6 +43,9 @@ COMPRESSIONS: dict[str, Callable[..., Compression]] = {
     "PowerSGD, rank 16 in 8 bits": functools.partial(
         parallelism.powersgd, 16, bits=8, block=1024
     ),
+    "PowerSGD, rank 18 in 8 bits": functools.partial(
+        parallelism.powersgd, 18, bits=8, block=1024
+    ),
     "PowerSGD, rank 32 in 4 bits": functools.partial(parallelism.powersgd, 32, bits=4),
     "top 1 %": functools.partial(parallelism.top_k, 0.01),
     "random 5 %": functools.partial(parallelism.random_k, 0.05),
