@@ -347,7 +347,8 @@ def powersgd(
         axis: whose devices share the batch.
         bits: of each number of the thin matrices, which are rounded as by `rounded`: in
             8 bits four times the rank takes as many bytes. None is float32.
-        block: numbers with a scale of their own, of rounded ones.
+        block: numbers with a scale of their own, of rounded ones: runs down the columns
+            of the thin matrices, which can differ in size by orders of magnitude.
         seed: of the first thin matrices.
 
     Raises:
@@ -370,10 +371,13 @@ def powersgd(
         """Of all thin matrices in one message; the same everywhere."""
         if not factors:
             return factors
-        flat, unravel = ravel_pytree(factors)
+        # A column after the other: those of small ones get scales of their own.
+        flat, unravel = ravel_pytree({i: x.T for i, x in factors.items()})
         if exchange is None:
-            return unravel(jax.lax.pmean(flat, axis))
-        return unravel(exchange.mean(flat)[0])
+            flat = jax.lax.pmean(flat, axis)
+        else:
+            flat, _, _ = exchange.mean(flat)
+        return {i: x.T for i, x in unravel(flat).items()}
 
     def init(params):
         leaves, structure = jax.tree.flatten(params, is_leaf=_is_none)
@@ -400,7 +404,7 @@ def powersgd(
         split = [i for i, q in enumerate(old) if q is not None]
         mine = {i: flat[i].astype(jnp.float32) + left[i][0] for i in split}
         m = {i: mine[i].reshape(-1, mine[i].shape[-1]) for i in split}
-        p = mean({i: m[i] @ old[i] for i in split})
+        p = mean({i: m[i] @ _unit(old[i]) for i in split})
         p = {i: jnp.linalg.qr(x)[0] for i, x in p.items()}
         q = mean({i: m[i].T @ p[i] for i in split})
         # Both are the same everywhere; the remainder is each device's own.
@@ -442,6 +446,11 @@ def _is_none(x: Any) -> bool:
 def _check_fraction(fraction: float) -> None:
     if not 0 < fraction <= 1:
         raise ValueError(f"a fraction is in (0, 1], got {fraction}.")
+
+
+def _unit(columns: Float[Array, "n r"]) -> Float[Array, "n r"]:
+    """Columns of length 1, so that their products are of like size; zeros stay."""
+    return columns / _nonzero(jnp.linalg.norm(columns, axis=0, keepdims=True))
 
 
 def _nonzero(scale: Array) -> Array:

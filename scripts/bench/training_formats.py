@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import jax.random as jr
-import optax
 
 from jaxeff import data, tree
 from jaxeff.precision import autocast
@@ -26,7 +25,7 @@ from jaxeff.training import fit, init_state, make_train_step
 from jaxeff.training.cli import main
 from jaxeff.training.language import language_loss, nats_per_token
 from jaxeff.training.results import about, rows_so_far, write_json
-from scripts.bench.subjects import cosine, language
+from scripts.bench.subjects import adamw, cosine, language
 
 FLOAT32 = "float32"
 
@@ -77,7 +76,7 @@ def measure(c: Config, name: str) -> dict[str, Any]:
     """Trains in one way."""
     way = WAYS[name]
     task = language(c.data, d_model=c.d_model, n_layers=c.n_layers, length=c.length)
-    tx = optax.adamw(cosine(c.learning_rate, c.steps))
+    tx = adamw(cosine(c.learning_rate, c.steps))
     if way.states != 32:
         tx = compress_state(tx, way.states)
     # The model as it trains is the model as it is measured, but for the products.

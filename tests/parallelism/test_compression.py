@@ -171,6 +171,22 @@ def test_a_matrix_of_low_rank_arrives_as_it_is_after_two_steps():
     np.testing.assert_allclose(got["w"][0], low, atol=1e-4)
 
 
+@pytest.mark.parametrize(("bits", "larger"), [(4, 10.0), (8, 100.0)])
+def test_rounding_leaves_small_directions_beside_large_ones(bits, larger):
+    tx = powersgd(2, devices=N, bits=bits, block=8)
+    left = jnp.linalg.qr(jr.normal(jr.key(0), (48, 2)))[0]
+    right = jnp.linalg.qr(jr.normal(jr.key(1), (40, 2)))[0]
+    matrix = (left * jnp.array([[larger, 1.0]])) @ right.T
+    grads = {"w": jnp.stack([matrix] * N), "b": jnp.zeros((N, 40))}
+    run, state = compiled(tx, make_mesh()), tx.init(PARAMS)
+    steps, handed_out = 8, 0
+    for _ in range(steps):
+        got, state = run(grads, state)
+        handed_out += got["w"][0]
+    small = left[:, 1] @ (handed_out / steps) @ right[:, 1]
+    np.testing.assert_allclose(small, 1.0, rtol=0.05)
+
+
 def loss(params, batch, key):
     logits = jnp.tanh(batch.images @ params["w"]) @ params["v"]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
