@@ -36,14 +36,16 @@ def apart(
 
     It comes before what averages. Compression passes on later what it left out, which
     adds up where all after it is linear, as momentum is; Adam's division is not, so it
-    goes here:
+    goes here. A device sees a part of the batch alone, where noise makes the root mean
+    square larger by up to the root of the number of devices; so the learning rate of
+    AdamW is multiplied by that:
 
-        divided = optax.scale_by_rms(0.999, eps_in_sqrt=False, bias_correction=True)
+        divided = optax.scale_by_rms(0.99, eps_in_sqrt=False, bias_correction=True)
         tx = optax.chain(
             apart(divided, devices=8),
             powersgd(4, devices=8),
             optax.ema(0.9),
-            optax.scale_by_learning_rate(1e-3),
+            optax.scale_by_learning_rate(8**0.5 * 1e-3),
         )
 
     Source: after Chen et al. 2022, arXiv:2205.14473 (Efficient-Adam), where momentum
