@@ -42,6 +42,7 @@ from .registry import (
     LANGUAGE_MODELS as LANGUAGE_MODELS,
     LanguageModel as LanguageModel,
     MASKED_MODELS as MASKED_MODELS,
+    options_of as options_of,
 )
 from .resnet import params_from_torch as params_from_torch, ResNet as ResNet
 from .tokenizer import BOS as BOS, EOS as EOS, Tokenizer as Tokenizer

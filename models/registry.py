@@ -120,6 +120,18 @@ def _find(name: str) -> Callable[..., nn.Module]:
     return _MODELS[name]
 
 
+def options_of(name: str) -> tuple[str, ...]:
+    """What `build(name, ...)` takes.
+
+    Raises:
+        ValueError: no such model.
+    """
+    make = _find(name)
+    # What the name has fixed, and what Flax adds to every module, are no options.
+    fixed = {"parent", "name", *getattr(make, "keywords", {})}
+    return tuple(k for k in inspect.signature(make).parameters if k not in fixed)
+
+
 def build(name: str, **options: Any) -> nn.Module:
     """The model `name` with its options: `build("mobilenet", classes=10, width=0.5)`.
 
@@ -129,11 +141,8 @@ def build(name: str, **options: Any) -> nn.Module:
     Raises:
         ValueError: no such model, or no such option of it; lists what there is.
     """
-    make = _find(name)
-    # What the name has fixed, and what Flax adds to every module, are no options.
-    fixed = {"parent", "name", *getattr(make, "keywords", {})}
-    known = [key for key in inspect.signature(make).parameters if key not in fixed]
-    unknown = sorted(options.keys() - known)
+    make, known = _find(name), options_of(name)
+    unknown = sorted(options.keys() - set(known))
     if unknown:
         raise ValueError(
             f"The model {name!r} has no option {', '.join(unknown)}. It has "

@@ -39,6 +39,7 @@ from jaxeff.models import (
     ImageModel,
     LANGUAGE_MODELS,
     LanguageModel,
+    options_of,
 )
 from jaxeff.parallelism import (
     average,
@@ -246,8 +247,10 @@ def make_model(c: Config) -> nn.Module:
             f"--model {c.model} does not take --data {c.data}. Choose one of "
             f"{', '.join(fit_for)}, or other data."
         )
-    options: dict[str, Any] = {"max_len": max(c.sequence, 256)}
-    return build(c.model, **(options if c.model == "gpt" else {}) | sizes(c.sizes))
+    options: dict[str, Any] = {}
+    if "max_len" in options_of(c.model):  # it learns a position for each token
+        options["max_len"] = max(c.sequence, 256)
+    return build(c.model, **options | sizes(c.sizes))
 
 
 def sizes(given: tuple[str, ...]) -> dict[str, Any]:

@@ -32,8 +32,7 @@ from jaxeff.program import table
 from jaxeff.training import fit, init_state, make_train_step
 from jaxeff.training.cli import main
 from jaxeff.training.language import language_loss, nats_per_token
-from jaxeff.training.results import about, rows_so_far, write_json
-from scripts.bench.subjects import adamw, cosine, DECAY, language
+from scripts.bench.one_gpt import adamw, DECAY, every_way, language, Options
 
 COMPRESSIONS: dict[str, Callable[..., Compression]] = {
     "in full": parallelism.average,
@@ -56,25 +55,9 @@ WAYS = (*COMPRESSIONS, *(name + DIVIDED for name in COMPRESSIONS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Options):
     """Options."""
 
-    data: Path
-    """A text; its last tenth is kept back."""
-    ways: tuple[str, ...] = ()
-    """Only these; all by default."""
-    steps: int = 600
-    """Of training."""
-    batch_size: int = 64
-    """Windows of a step, over all devices."""
-    length: int = 64
-    """Tokens of a window."""
-    d_model: int = 128
-    """Width of the transformer."""
-    n_layers: int = 4
-    """Its layers."""
-    learning_rate: float = 2e-3
-    """Of AdamW, at its peak; a cosine takes it to zero."""
     output: Path = Path("benchmarks/gradient_compression.json")
     """JSON file for the results, and to go on from."""
 
@@ -90,8 +73,8 @@ def optimizer(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_rms(DECAY, eps_in_sqrt=False, bias_correction=True),
     )
-    # A device alone sees a batch n times smaller: where noise is most of a gradient, its
-    # root mean square is larger by the root of n, and what is divided by it too small.
+    # A device alone sees a batch n times smaller: where noise is most of a gradient,
+    # its root mean square is larger by the root of n, and what it divides too small.
     same = math.sqrt(devices)
     tx = optax.chain(
         parallelism.apart(divided, devices=devices),
@@ -107,12 +90,11 @@ def measure(c: Config, name: str) -> dict[str, Any]:
     """Trains with one way."""
     mesh = make_mesh()
     devices = mesh.shape["data"]
-    task = language(c.data, d_model=c.d_model, n_layers=c.n_layers, length=c.length)
+    task = language(c)
     to = batch_sharding(mesh, c.batch_size)
     windows = lambda: data.windows(task.train, c.batch_size, c.length)
     first, params = next(windows()), task.params
-    rate = cosine(c.learning_rate, c.steps)
-    tx, compression = optimizer(name, rate, devices)
+    tx, compression = optimizer(name, c.rate, devices)
     step = make_train_step(language_loss(task.train_fn), tx, per_device=mesh)
     state = init_state(params, tx, jr.key(1))
     compiled = jax.jit(step).lower(state, jax.device_put(first, to)).compile()
@@ -141,22 +123,8 @@ def measure(c: Config, name: str) -> dict[str, Any]:
 
 def run(c: Config) -> None:
     """Every row that is not there yet; then the table."""
-    if unknown := [name for name in c.ways if name not in WAYS]:
-        raise ValueError(
-            f"there is no way {unknown[0]!r}. Choose of: {', '.join(WAYS)}."
-        )
-    options = {
-        k: v for k, v in vars(c).items() if k not in ("data", "ways", "output")
-    } | {"devices": jax.device_count()}
-    rows = rows_so_far(c.output, options)
-    done = {r["way"] for r in rows}
-    # The full gradient is what the others are compared with.
-    for name in dict.fromkeys(["in full", *(c.ways or WAYS)]):
-        if name in done:
-            continue
-        print(name, flush=True)
-        rows.append(measure(c, name))
-        write_json(c.output, about() | {"options": options, "rows": rows})
+    measured = functools.partial(measure, c)
+    rows = every_way(c, WAYS, measured, devices=jax.device_count())
     print(shown(rows))
     wrong = [r["way"] for r in rows if abs(r["sent"] / r["said"] - 1) > 1e-6]
     if wrong:

@@ -1,7 +1,7 @@
-"""Models and their data, that several benchmarks train or compress.
+"""Trained models and their data, that several benchmarks compress.
 
-Trained: stories260k, a language model of 260 thousand weights, on text of its own and
-on Tiny Shakespeare; ResNet-20 on CIFAR-10. To be trained: a GPT on the bytes of a text.
+stories260k, a language model of 260 thousand weights, on text of its own and
+on Tiny Shakespeare; ResNet-20 on CIFAR-10.
 """
 
 import functools
@@ -18,13 +18,11 @@ import optax
 from jaxeff.data import cifar10, Dataset, text
 from jaxeff.models import (
     BOS,
-    build,
     init_cache,
     load_resnet20,
     load_stories260k,
     Tokenizer,
 )
-from jaxeff.training import forms
 from jaxeff.training.language import nats
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the trained ResNet
@@ -50,47 +48,11 @@ def resnet20(data: Path) -> Pictures:
     return Pictures(model, params, *cifar10(data / "cifar10", mean=MEAN, std=STD))
 
 
-class Language(NamedTuple):
-    """A GPT that is trained on the bytes of a text from the start.
-
-    Attributes:
-        params: to begin with.
-        eval_fn, train_fn: the model; see `training.forms`.
-        train, held_back: the text, and its last tenth.
-    """
-
-    params: Any
-    eval_fn: Callable
-    train_fn: Callable
-    train: np.ndarray
-    held_back: np.ndarray
-
-
-def language(data: Path, *, d_model: int, n_layers: int, length: int) -> Language:
-    """That of a file, with random weights that are always the same."""
-    train, held_back = text(data)
-    model = build("gpt", vocab_size=256, d_model=d_model, n_layers=n_layers)
-    params = jax.jit(model.init)(jr.key(0), jnp.zeros((1, length), jnp.int32))
-    eval_fn, train_fn = forms(model, params)
-    plain = lambda params, tokens: eval_fn(params, tokens)
-    return Language(params, plain, train_fn, train, held_back)
-
-
 def cosine(peak: float, steps: int) -> optax.Schedule:
     """A learning rate that rises for a twentieth of the steps, and falls to zero."""
     return optax.warmup_cosine_decay_schedule(
         0.0, peak, max(1, steps // 20), max(2, steps)
     )
-
-
-# Adam's memory of squares. With 0.999 a network this young meets a batch that its small
-# squares do not expect, and falls back by a hundred steps.
-DECAY = 0.99
-
-
-def adamw(rate: optax.Schedule) -> optax.GradientTransformation:
-    """As language models are trained: gradients clipped to norm 1, then AdamW."""
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=DECAY))
 
 
 class Stories(NamedTuple):

@@ -10,6 +10,7 @@ second run goes on from there.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +25,7 @@ from jaxeff.quantization import compress_state, low_precision
 from jaxeff.training import fit, init_state, make_train_step
 from jaxeff.training.cli import main
 from jaxeff.training.language import language_loss, nats_per_token
-from jaxeff.training.results import about, rows_so_far, write_json
-from scripts.bench.subjects import adamw, cosine, language
+from scripts.bench.one_gpt import adamw, every_way, language, Options
 
 FLOAT32 = "float32"
 
@@ -49,25 +49,9 @@ WAYS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Options):
     """Options."""
 
-    data: Path
-    """A text; its last tenth is kept back."""
-    ways: tuple[str, ...] = ()
-    """Only these; all by default."""
-    steps: int = 600
-    """Of training."""
-    batch_size: int = 64
-    """Windows of a step."""
-    length: int = 64
-    """Tokens of a window."""
-    d_model: int = 128
-    """Width of the transformer."""
-    n_layers: int = 4
-    """Its layers."""
-    learning_rate: float = 2e-3
-    """Of AdamW, at its peak; a cosine takes it to zero."""
     output: Path = Path("benchmarks/training_formats.json")
     """JSON file for the results, and to go on from."""
 
@@ -75,8 +59,7 @@ class Config:
 def measure(c: Config, name: str) -> dict[str, Any]:
     """Trains in one way."""
     way = WAYS[name]
-    task = language(c.data, d_model=c.d_model, n_layers=c.n_layers, length=c.length)
-    tx = adamw(cosine(c.learning_rate, c.steps))
+    task, tx = language(c), adamw(c.rate)
     if way.states != 32:
         tx = compress_state(tx, way.states)
     # The model as it trains is the model as it is measured, but for the products.
@@ -94,21 +77,7 @@ def measure(c: Config, name: str) -> dict[str, Any]:
 
 def run(c: Config) -> None:
     """Every row that is not there yet; then the table."""
-    if unknown := [name for name in c.ways if name not in WAYS]:
-        raise ValueError(
-            f"there is no way {unknown[0]!r}. Choose of: {', '.join(WAYS)}."
-        )
-    options = {k: v for k, v in vars(c).items() if k not in ("data", "ways", "output")}
-    rows = rows_so_far(c.output, options)
-    done = {r["way"] for r in rows}
-    # What the others are compared with.
-    for name in dict.fromkeys([FLOAT32, *(c.ways or WAYS)]):
-        if name in done:
-            continue
-        print(name, flush=True)
-        rows.append(measure(c, name))
-        write_json(c.output, about() | {"options": options, "rows": rows})
-    print(shown(rows))
+    print(shown(every_way(c, WAYS, functools.partial(measure, c))))
 
 
 def shown(rows: list[dict[str, Any]]) -> str:
