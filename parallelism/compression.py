@@ -337,9 +337,10 @@ def powersgd(
 ) -> Compression:
     """The gradient of each matrix as a product of two thin ones: one power iteration.
 
-    The thin matrix of a step is where the next begins. An array of more dims is a
-    matrix of its last dim; one of fewer than two, or that would not become smaller, is
-    sent in full.
+    The thin matrix of a step is where the next begins, with columns drawn anew where it
+    has zeros: a gradient of zeros leaves nothing to begin with. An array of more dims
+    is a matrix of its last dim; one of fewer than two, or that would not become
+    smaller, is sent in full.
 
     Args:
         rank: columns of the thin matrices, >= 1.
@@ -349,7 +350,7 @@ def powersgd(
             8 bits four times the rank takes as many bytes. None is float32.
         block: numbers with a scale of their own, of rounded ones: runs down the columns
             of the thin matrices, which can differ in size by orders of magnitude.
-        seed: of the first thin matrices.
+        seed: of the columns that are drawn.
 
     Raises:
         ValueError: the rank is below 1, or as `rounded` does.
@@ -383,7 +384,7 @@ def powersgd(
         leaves, structure = jax.tree.flatten(params, is_leaf=_is_none)
         keys = jr.split(jr.key(seed), len(leaves))
         first = [
-            jr.normal(k, (x.shape[-1], rank)) if thin(x) else None
+            jr.normal(k, (x.shape[-1], rank), jnp.float32) if thin(x) else None
             for k, x in zip(keys, leaves, strict=True)
         ]
         left = [
@@ -404,7 +405,12 @@ def powersgd(
         split = [i for i, q in enumerate(old) if q is not None]
         mine = {i: flat[i].astype(jnp.float32) + left[i][0] for i in split}
         m = {i: mine[i].reshape(-1, mine[i].shape[-1]) for i in split}
-        p = mean({i: m[i] @ _unit(old[i]) for i in split})
+        # The same on all devices, and for all matrices, which need not differ in it.
+        key = jr.fold_in(jr.key(seed), state.step)
+        longest = max((len(old[i]) for i in split), default=0)
+        drawn = jr.normal(key, (longest, rank), jnp.float32)
+        start = {i: _filled(old[i], drawn[: len(old[i])]) for i in split}
+        p = mean({i: m[i] @ _unit(start[i]) for i in split})
         p = {i: jnp.linalg.qr(x)[0] for i, x in p.items()}
         q = mean({i: m[i].T @ p[i] for i in split})
         # Both are the same everywhere; the remainder is each device's own.
@@ -448,8 +454,19 @@ def _check_fraction(fraction: float) -> None:
         raise ValueError(f"a fraction is in (0, 1], got {fraction}.")
 
 
+def _filled(
+    columns: Float[Array, "n r"], drawn: Float[Array, "n r"]
+) -> Float[Array, "n r"]:
+    """The columns, and those that were drawn where they are zeros.
+
+    Zeros would be a product of zeros, and whatever orthogonal columns are made of that:
+    the first rows, along which there may never be a gradient.
+    """
+    return jnp.where(jnp.any(columns != 0, axis=0), columns, drawn)
+
+
 def _unit(columns: Float[Array, "n r"]) -> Float[Array, "n r"]:
-    """Columns of length 1, so that their products are of like size; zeros stay."""
+    """Columns of length 1, so that their products are of like size."""
     return columns / _nonzero(jnp.linalg.norm(columns, axis=0, keepdims=True))
 
 

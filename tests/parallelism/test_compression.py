@@ -171,6 +171,21 @@ def test_a_matrix_of_low_rank_arrives_as_it_is_after_two_steps():
     np.testing.assert_allclose(got["w"][0], low, atol=1e-4)
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_matrix_that_begins_with_no_gradient_is_sent_once_it_has_one(bits):
+    """As below a last layer of zeros, from inputs whose first are always dark."""
+    tx = powersgd(4, devices=N, bits=bits, block=8)
+    lit = (jnp.arange(48) >= 8)[:, None]
+    low = jnp.where(lit, jr.normal(jr.key(0), (48, 2)), 0)
+    low = low @ jr.normal(jr.key(1), (2, 40))
+    run, state = compiled(tx, make_mesh()), tx.init(PARAMS)
+    for matrix in (jnp.zeros((48, 40)), low, low):
+        grads = {"w": jnp.stack([matrix] * N), "b": jnp.zeros((N, 40))}
+        got, state = run(grads, state)
+    off = jnp.linalg.norm(got["w"][0] - low) / jnp.linalg.norm(low)
+    assert off < (1e-5 if bits is None else 0.02)
+
+
 @pytest.mark.parametrize(("bits", "larger"), [(4, 10.0), (8, 100.0)])
 def test_rounding_leaves_small_directions_beside_large_ones(bits, larger):
     tx = powersgd(2, devices=N, bits=bits, block=8)
