@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Integer
 
+from .scales import step
+
 _ROWS, _COLUMNS, _INPUTS = 256, 512, 512  # of a step, at most
 _NUMBERS = 2**20  # that are rounded in a step: float32, in four megabytes
 _LANES = 128  # what a tile's dims are multiples of, where they do not cover all
@@ -184,7 +186,8 @@ def round_rows(
     """int8 codes and the scale of each row, with `x` read once.
 
     Law: as `products.round_activations` finds them: the scale takes the largest
-    magnitude of a row to `largest`, and is 1 for a row of zeros.
+    magnitude of a row to `largest`, is 1 for a row of zeros, and NaN for one that is
+    not finite.
 
     Args:
         x: floating point; whole rows are held at a time.
@@ -203,8 +206,7 @@ def round_rows(
 
     def kernel(x_ref, codes_ref, scale_ref):
         x = x_ref[...].astype(jnp.float32)
-        top = jnp.max(jnp.abs(x), axis=1, keepdims=True)
-        scale = jnp.where(top > 0, top / largest, 1.0)
+        scale = step(jnp.max(jnp.abs(x), axis=1, keepdims=True), float(largest))
         codes = jnp.clip(jnp.round(x / scale), -largest, largest)
         codes_ref[...] = codes.astype(jnp.int8)
         scale_ref[...] = scale

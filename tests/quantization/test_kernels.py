@@ -70,6 +70,16 @@ def test_rows_are_rounded_as_elsewhere(rows, inputs):
     assert codes.dtype == jnp.int8 and scale.shape == (rows, 1)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("number", [jnp.nan, jnp.inf, -jnp.inf, 1e-37])
+def test_what_is_not_finite_or_hardly_a_number_is_rounded_as_elsewhere(number, dtype):
+    x = jnp.zeros((3, 64), dtype).at[1, 2].set(number).at[2].set(1)
+    codes, scale = kernels.round_rows(x, interpret=True)
+    want, of = round_activations(x, [1], named("int8"))
+    np.testing.assert_array_equal(scale, of)
+    np.testing.assert_array_equal(codes * scale, want * of)
+
+
 @pytest.mark.parametrize(
     "case, why",
     [
