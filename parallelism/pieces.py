@@ -30,6 +30,7 @@ from jaxeff.program import (
     is_elementwise,
     is_leaf,
     Leaf,
+    lift,
     Lifted,
     Lifting,
     shapes,
@@ -58,12 +59,12 @@ class Pieces(Leaf):
     """Arrays that stand for one, side by side along a dim.
 
     Attributes:
-        arrays: alike but for their lengths along the dim.
+        arrays: alike but for their lengths along the dim; each may be compressed.
         dim: negative.
         path: of the weight they come from, if that is to be known.
     """
 
-    arrays: tuple[Array, ...]
+    arrays: tuple[Any, ...]
     dim: int = static()
     path: str = static(default="")
 
@@ -93,9 +94,14 @@ class Pieces(Leaf):
         """The one array."""
         return jnp.concatenate(self.arrays, self.dim)
 
-    def each(self, fn: Callable[[Array], Array], dim: int | None = None) -> "Pieces":
-        """The pieces changed alike; `dim`, from the front, is where they lie then."""
+    def each(self, fn: Callable[[Any], Any], dim: int | None = None) -> Any:
+        """The pieces changed alike; `dim`, from the front, is where they lie then.
+
+        NotImplemented where a piece has no way to do it.
+        """
         arrays = tuple(map(fn, self.arrays))
+        if any(a is NotImplemented for a in arrays):
+            return NotImplemented
         dim = self.dim if dim is None else dim - arrays[0].ndim
         return Pieces(arrays, dim, self.path)
 
@@ -110,14 +116,14 @@ class Pieces(Leaf):
         found = self.arrays[ends.index(begin) : ends.index(end)]
         return found[0] if len(found) == 1 else Pieces(found, self.dim, self.path)
 
-    def astype(self, dtype: Any) -> "Pieces":
+    def astype(self, dtype: Any) -> Any:
         """In another dtype."""
         return self.each(lambda a: a.astype(dtype))
 
-    def transpose(self, permutation: Sequence[int]) -> "Pieces":
+    def transpose(self, permutation: Sequence[int]) -> Any:
         """With dims in another order."""
         at = list(permutation).index(self.at)
-        return self.each(lambda a: a.transpose(permutation), at)
+        return self.each(lambda a: a.transpose(tuple(permutation)), at)
 
     def reshape(self, shape: Sequence[int]) -> Any:
         """With dims split or merged, where no new index is of two pieces."""
@@ -129,7 +135,11 @@ class Pieces(Leaf):
             rest = math.prod(shape[at + 1 :])
             if rest and not any(n * after % rest for n in self.sizes):
                 if sum(self.sizes) * after == shape[at] * rest:
-                    new = lambda a, at=at: a.reshape(*shape[:at], -1, *shape[at + 1 :])
+
+                    def new(a: Any, at: int = at, rest: int = rest) -> Any:
+                        n = a.shape[self.dim] * after // rest
+                        return a.reshape((*shape[:at], n, *shape[at + 1 :]))
+
                     return self.each(new, at)
         return NotImplemented
 
@@ -144,7 +154,7 @@ class Pieces(Leaf):
         if self.at not in free:
             return NotImplemented
         at = dot.output_dims(x.ndim, self.ndim)["w"][free.index(self.at)]
-        return self.each(lambda a: dot(x, a), at)
+        return self.each(lift(lambda a: dot(x, a)), at)
 
     def conv(self, x: Array, conv: Conv) -> Any:
         """The convolutions with each, side by side."""
@@ -156,7 +166,7 @@ class Pieces(Leaf):
         groups = [conv.params[f"{of}_group_count"] for of in ("feature", "batch")]
         if self.at != conv.out_dim or groups != [1, 1]:
             return NotImplemented
-        return self.each(lambda a: conv(x, a), conv.output_channel_dim)
+        return self.each(lift(lambda a: conv(x, a)), conv.output_channel_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +224,7 @@ class _Piecewise(Lifting):
 
     def plain(self, x: Any) -> Any:
         """All pieces as one."""
-        if isinstance(x, Pieces):
+        if isinstance(x, Pieces) and x.path:
             self.joined.add(x.path)
         return super().plain(x)
 
@@ -244,7 +254,8 @@ def _elementwise(eqn: JaxprEqn, args: list[Any]) -> Any:
             given.append([x] * len(first.arrays))
         else:
             given.append(jnp.split(x, ends, first.dim))
-    done = [bind(eqn, list(each)) for each in zip(*given, strict=True)]
+    one = lift(lambda xs: bind(eqn, xs))
+    done = [one(list(each)) for each in zip(*given, strict=True)]
     return [
         Pieces(tuple(outs), first.dim, first.path) for outs in zip(*done, strict=True)
     ]
@@ -259,7 +270,7 @@ def _broadcast(eqn: JaxprEqn, args: list[Any]) -> Any:
         new = (*shape[:at], a.shape[x.dim], *shape[at + 1 :])
         return jax.lax.broadcast_in_dim(a, new, dims)
 
-    return x.each(wider, at)
+    return x.each(lift(wider), at)
 
 
 def _slice(eqn: JaxprEqn, args: list[Any]) -> Any:
@@ -277,7 +288,7 @@ def _slice(eqn: JaxprEqn, args: list[Any]) -> Any:
         begins[x.at], ends[x.at] = 0, a.shape[x.dim]
         return jax.lax.slice(a, begins, ends, p["strides"])
 
-    return y.each(others) if isinstance(y, Pieces) else others(y)
+    return y.each(lift(others)) if isinstance(y, Pieces) else lift(others)(y)
 
 
 def _split(eqn: JaxprEqn, args: list[Any]) -> Any:
@@ -286,7 +297,8 @@ def _split(eqn: JaxprEqn, args: list[Any]) -> Any:
     if eqn.params["axis"] == x.at:
         found = [x.cut(*pair) for pair in zip(ends, ends[1:], strict=False)]
         return NotImplemented if any(y is NotImplemented for y in found) else found
-    parts = [jax.lax.split(a, sizes, eqn.params["axis"]) for a in x.arrays]
+    one = lift(lambda a: jax.lax.split(a, sizes, eqn.params["axis"]))
+    parts = [one(a) for a in x.arrays]
     return [Pieces(tuple(of), x.dim, x.path) for of in zip(*parts, strict=True)]
 
 

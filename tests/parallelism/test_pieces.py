@@ -11,6 +11,7 @@ from jaxeff import parallelism
 from jaxeff.parallelism import audit, make_mesh, plan_tensor, shard
 from jaxeff.parallelism.pieces import divide, Division, Pieces, Piecewise
 from jaxeff.program import dense, lift
+from jaxeff.quantization import int8, quantize, quantize_array
 from jaxeff.training import load_model, save_model
 from tests.parallelism.models import near, ten_steps
 
@@ -215,6 +216,26 @@ def test_pieces_lie_over_fsdp_too():
     near((got[0], dense(got[1])), want)
 
 
+def test_pieces_that_are_there_already_may_be_joined():
+    fn = lambda w, x: jax.nn.relu((x + w["both"].sum()) @ w["up"]) @ w["down"]
+    draw = lambda i, *shape: jr.normal(jr.key(i), shape) / 8
+    params = {"both": draw(0, 4, 8), "up": draw(1, WIDTH, 64), "down": draw(2, 64, 8)}
+    halves = divide(params["both"], Division(1, ((4, True), (4, True)), ""))
+    fn_of, placed = shard(Piecewise(fn), params | {"both": halves}, X, mesh=two())
+    near(jax.jit(fn_of)(placed, X), fn(params, X))
+
+
+@each
+def test_pieces_are_quantized_as_the_whole_is(name):
+    fn, params = WAYS[name]
+    of_fn, placed = shard(fn, params, X, mesh=two())
+    of_fn, placed = quantize(of_fn, placed, X, formats=int8)
+    got = jax.jit(of_fn)(placed, X)
+    fn, params = quantize(fn, params, X, formats=int8)
+    near(got, fn(params, X))
+    near(dense(dense(placed)), dense(params))
+
+
 VIEWS = {
     "merged": lambda w: w.reshape((12, 24)),
     "split": lambda w: w.reshape((4, 3, 3, 4, 2)),
@@ -222,6 +243,16 @@ VIEWS = {
     "turned": lambda w: w.transpose((2, 0, 1, 3)),
     "narrower": lambda w: w.astype(jnp.bfloat16),
 }
+
+
+@pytest.mark.parametrize("name", ["split", "merged", "turned", "narrower"])
+def test_views_of_quantized_pieces_are_those_of_the_array(name):
+    w = jr.normal(jr.key(0), (4, 3, 12, 2))
+    p = divide(w, Division(2, ((4, True), (8, True)), ""))
+    p = p.each(lambda a: quantize_array(a, int8, (0,)))
+    w = dense(p)
+    fn = lambda w: VIEWS[name](w)[..., :1]
+    np.testing.assert_array_equal(Piecewise(fn)(p), fn(w))
 
 
 @pytest.mark.parametrize("view", VIEWS)
