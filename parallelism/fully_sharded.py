@@ -22,7 +22,7 @@ from jaxeff import tree
 from jaxeff.program import Conv, dense, Dot, is_leaf, Leaf, lift, Rewritten, trace
 from jaxeff.tree import pytree, static
 
-from .grouped import check_grouped, copying_axes, grouped_sites
+from .grouped import check_grouped, copying_axes, grouped_weights
 from .mesh import axis_size
 from .parts import axes_of, Spec, spec_of, split_once_more
 
@@ -188,8 +188,9 @@ def fully_shard(
     if devices > 1 or copying_axes(mesh):
         program = trace(fn, params, *args, **kwargs)
         scanned = program.scanned
-        over = lambda path: axes_of(weights[path])
-        check_grouped(grouped_sites(program), mesh, split=over)
+        of = tree.paths(params)  # each array of a compressed one
+        over = lambda path: axes_of(of[path])
+        check_grouped(grouped_weights(program), mesh, split=over)
 
     def stored(path: str, w: Any) -> Spec:
         """How an array is to be stored."""

@@ -23,9 +23,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from jaxeff import tree
-from jaxeff.program import Cut, notes, Program, Site, table, trace, unlift
+from jaxeff.program import Cut, notes, Program, table, trace, unlift
 
-from .grouped import check_function, check_grouped, grouped_sites
+from .grouped import check_function, check_grouped, grouped_weights
 from .mesh import axis_size
 from .pieces import divide, divided, Division, joins, Pieces, Piecewise
 
@@ -69,14 +69,14 @@ class TensorPlan:
         pieces: by path, for weights that hold several in one; the specs of these are
             those of each piece that is split.
         splits: every coupling, in the order in which they were considered.
-        grouped: the places of grouped convolutions.
+        grouped: the weights in kernels of grouped convolutions.
     """
 
     axis: str
     devices: int
     specs: Mapping[str, P]
     splits: tuple[Split, ...]
-    grouped: tuple[Site, ...] = ()
+    grouped: tuple[str, ...] = ()
     pieces: Mapping[str, Division] = dataclasses.field(default_factory=dict)
 
     @property
@@ -221,7 +221,7 @@ def _plan(
         path: P(*(axis if cut else None for cut in program.cuts.touched(path, chosen)))
         for path in program.shapes
     }
-    grouped = tuple(grouped_sites(program))
+    grouped = tuple(grouped_weights(program))
     pieces = {
         path: Division(dim, found, cut.coupling.name)
         for cut in chosen

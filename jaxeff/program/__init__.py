@@ -21,7 +21,12 @@ from .files import write_file as write_file
 from .functional import functional as functional
 from .given import check_batches as check_batches, check_values as check_values
 from .halves import Halves as Halves, halves as halves
-from .interpret import bind as bind, Interpreter as Interpreter, rebuilt as rebuilt
+from .interpret import (
+    bind as bind,
+    Interpreter as Interpreter,
+    is_inexact as is_inexact,
+    rebuilt as rebuilt,
+)
 from .leaf import (
     coded as coded,
     Conv as Conv,
@@ -73,4 +78,9 @@ from .slicing import (
 from .table import notes as notes, table as table
 from .trace import Program as Program, trace as trace
 from .uses import Candidate as Candidate, find_uses as find_uses, Part as Part
-from .walk import bodies as bodies, equations as equations, Where as Where
+from .walk import (
+    bodies as bodies,
+    equations as equations,
+    scan_counts as scan_counts,
+    Where as Where,
+)

@@ -18,6 +18,7 @@ from jaxeff.parallelism import (
     shard,
     Stages,
 )
+from jaxeff.quantization import bfloat16, quantize
 
 
 def conv(x, w, groups):
@@ -74,6 +75,65 @@ def test_where_it_would_be_wrong_it_is_an_error(case):
     with pytest.raises(ValueError, match=why) as found:
         how(loss, PARAMS, X, mesh=make_mesh(**axes), **more)
     assert "is the kernel of one. Give the" in str(found.value)
+
+
+def standardised(w):
+    of = {"axis": (0, 1, 2), "keepdims": True}
+    return (w - w.mean(**of)) / w.std(**of)
+
+
+COMPUTED = {
+    "standardised": lambda w, x: conv(x, standardised(w), 8),
+    "masked": lambda w, x: conv(x, w * (jnp.abs(w) > 0.5), 8),
+    "several": lambda w, x: jax.vmap(lambda w: conv(x, w, 8))(jnp.stack([w, w])).sum(0),
+    "in a loop": lambda w, x: jax.lax.scan(
+        lambda x, w: (conv(x, jnp.sin(w), 8), None), x, jnp.stack([w, w])
+    )[0],
+    "carried": lambda w, x: jax.lax.fori_loop(
+        0, 2, lambda _, xw: (conv(*xw, 8), jnp.sin(xw[1])), (x, w)
+    )[0],
+}
+NOT_TRAINED = {
+    "a filter": lambda w, x: conv(x, jnp.ones((3, 3, 1, 8)), 8) * w.sum(),
+    "stopped": lambda w, x: conv(x, jax.lax.stop_gradient(w), 8) * w.sum(),
+    "where it is large": lambda w, x: conv(x, (w > 0) * 1.0, 8) * w.sum(),
+    "one in a loop": lambda w, x: jax.lax.scan(
+        lambda x, w: (conv(x, jnp.ones((3, 3, 1, 8)), 8) * w.sum(), None), x, w[None]
+    )[0],
+}
+
+
+def computed(of):
+    def fn(params, x):
+        x = jnp.tanh(of(params["deep"], jnp.tanh(conv(x, params["in"], 1))))
+        return (x.mean((1, 2)) @ params["out"]).var()
+
+    return fn
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_kernels_that_are_computed_are_kernels_too(name):
+    with pytest.raises(ValueError, match="deep is the kernel of one"):
+        fully_shard(
+            computed(COMPUTED[name]), PARAMS, X, mesh=make_mesh(data=2, sequence=4)
+        )
+
+
+def test_kernels_of_compressed_weights_are_named():
+    fn, params = quantize(loss, PARAMS, X, formats={"deep": bfloat16, "**": None})
+    with pytest.raises(ValueError, match="deep/values is the kernel of one"):
+        fully_shard(fn, params, X, mesh=make_mesh(data=2, sequence=4))
+
+
+@pytest.mark.parametrize("name", NOT_TRAINED)
+def test_kernels_without_a_gradient_are_none(name):
+    fn, mesh = computed(NOT_TRAINED[name]), make_mesh(data=2, sequence=4)
+    of_fn, placed = fully_shard(fn, PARAMS, X, mesh=mesh)
+    x = jax.device_put(X, batch_sharding(mesh, 8))
+    got, want = jax.jit(jax.grad(of_fn))(placed, x), jax.grad(fn)(PARAMS, X)
+    for path in PARAMS:
+        most = np.abs(want[path]).max()
+        np.testing.assert_allclose(got[path], want[path], atol=1e-5 * most)
 
 
 RIGHT = {
