@@ -123,6 +123,10 @@ def measure(c: Config, name: str) -> dict[str, Any]:
 
 def run(c: Config) -> None:
     """Every row that is not there yet; then the table."""
+    if jax.device_count() == 1:
+        raise ValueError(
+            "one device sends nothing. On a CPU set JAX_NUM_CPU_DEVICES to 2 or more."
+        )
     measured = functools.partial(measure, c)
     rows = every_way(c, WAYS, measured, devices=jax.device_count())
     print(shown(rows))

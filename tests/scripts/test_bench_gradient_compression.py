@@ -1,5 +1,6 @@
 import json
 
+import jax
 import pytest
 
 from jaxeff.training.cli import main
@@ -44,3 +45,9 @@ def test_an_unknown_way_is_an_error(text):
     c = compression.Config(data=text, ways=("2 bits",))
     with pytest.raises(ValueError, match="no way '2 bits'. Choose of: in full, 8 bits"):
         compression.run(c)
+
+
+def test_one_device_is_an_error(text, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="one device sends nothing"):
+        compression.run(compression.Config(data=text))
