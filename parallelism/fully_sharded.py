@@ -24,7 +24,7 @@ from jaxeff.tree import pytree, static
 
 from .grouped import check_grouped, copying_axes, grouped_weights
 from .mesh import axis_size
-from .parts import axes_of, Spec, spec_of, split_once_more
+from .parts import axes_of, put, Spec, spec_of, split_once_more
 
 
 @pytree
@@ -206,7 +206,7 @@ def fully_shard(
         if after != before:
             specs[path] = after, before
         on = [NamedSharding(mesh, P(*spec)) for spec in after]
-        placed[path] = jax.tree.unflatten(structure, map(_placed, arrays, on))
+        placed[path] = jax.tree.unflatten(structure, map(put, arrays, on))
     if devices > 1 and not specs:
         path, biggest = max(weights.items(), key=lambda item: item[1].size)
         raise ValueError(
@@ -216,9 +216,3 @@ def fully_shard(
         )
     gathered = FullySharded(fn, mesh, specs) if specs else fn
     return gathered, tree.replaced(params, placed, is_leaf)
-
-
-def _placed(w: Any, sharding: NamedSharding) -> Any:
-    if isinstance(w, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=sharding)
-    return jax.device_put(w, sharding)

@@ -42,3 +42,10 @@ def split_once_more(
         return spec
     longest = max(free, key=lambda d: w.shape[d])
     return tuple(axis if d == longest else a for d, a in enumerate(spec))
+
+
+def put(w: Any, sharding: NamedSharding) -> Any:
+    """An array on its devices, or the shape of one that lies there."""
+    if isinstance(w, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=sharding)
+    return jax.device_put(w, sharding)

@@ -27,6 +27,7 @@ from jaxeff.program import Cut, notes, Program, table, trace, unlift
 
 from .grouped import check_function, check_grouped, grouped_weights
 from .mesh import axis_size
+from .parts import put
 from .pieces import divide, divided, Division, joins, Pieces, Piecewise
 
 # What is in no product is split for its memory alone, from this part of all weights on:
@@ -246,7 +247,8 @@ def shard(
     their own that train like others; `program.dense` makes one array of them.
 
     Args:
-        fn, params, args, kwargs, whole: as of `plan_tensor`.
+        fn, params, args, kwargs, whole: as of `plan_tensor`; of shapes it makes shapes
+            that know how they lie.
         mesh: with an axis `tensor`. One of size 1 splits nothing.
 
     Raises:
@@ -258,7 +260,8 @@ def shard(
         if whole:
             tree.match(whole, tree.paths(params))
         check_function(fn, mesh, params, *args, **kwargs)
-        return fn, jax.device_put(params, NamedSharding(mesh, P()))
+        everywhere = NamedSharding(mesh, P())
+        return fn, jax.tree.map(lambda x: put(x, everywhere), params)
     plan = plan_tensor(fn, params, *args, devices=devices, whole=whole, **kwargs)
     cut = lambda path: {"tensor"} if any(plan.specs[path]) else set()
     check_grouped(plan.grouped, mesh, split=cut)
@@ -280,9 +283,9 @@ def place(params: Any, plan: TensorPlan, mesh: Mesh) -> Any:
             "of the two alone. Make a plan for these."
         )
 
-    def put(path: str, x: Any) -> Any:
+    def on(path: str, x: Any) -> Any:
         spec = plan.specs[path]
-        to = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+        to = lambda x, spec: put(x, NamedSharding(mesh, spec))
         found = plan.pieces.get(path)
         if found is None:
             return to(x, spec)
@@ -291,7 +294,7 @@ def place(params: Any, plan: TensorPlan, mesh: Mesh) -> Any:
         x = divide(x, found)
         return Pieces(tuple(map(to, x.arrays, specs)), x.dim)
 
-    new = [put(path, x) for path, x in tree.paths(params).items()]
+    new = [on(path, x) for path, x in tree.paths(params).items()]
     return jax.tree.unflatten(jax.tree.structure(params), new)
 
 

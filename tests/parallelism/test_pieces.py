@@ -216,6 +216,18 @@ def test_pieces_lie_over_fsdp_too():
     near((got[0], dense(got[1])), want)
 
 
+@pytest.mark.parametrize("axes", [{"tensor": 2, "data": 4}, {"data": 8}])
+def test_shapes_are_placed_as_arrays_are(axes):
+    fn, params = WAYS["cut"]
+    mesh = make_mesh(**axes)
+    _, placed = shard(fn, params, X, mesh=mesh)
+    _, planned = shard(fn, jax.eval_shape(lambda: params), X, mesh=mesh)
+    assert jax.tree.structure(placed) == jax.tree.structure(planned)
+    for array, shape in zip(*map(jax.tree.leaves, (placed, planned)), strict=True):
+        assert (array.shape, array.dtype) == (shape.shape, shape.dtype)
+        assert array.sharding == shape.sharding
+
+
 def test_pieces_that_are_there_already_may_be_joined():
     fn = lambda w, x: jax.nn.relu((x + w["both"].sum()) @ w["up"]) @ w["down"]
     draw = lambda i, *shape: jr.normal(jr.key(i), shape) / 8
