@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 
-from jaxeff.program import bind, bodies, Interpreter, rebuilt, Where
+from jaxeff.program import bind, bodies, Interpreter, is_inexact, rebuilt, Where
 
 from .rules import (
     EACH,
@@ -186,7 +186,7 @@ class Recast(Interpreter):
         for body in bodies(eqn, where):
             self._outs[body.where] = want
         if name == "shard_map" or name.startswith("custom_"):  # take plain arrays
-            tangents = [False for v in eqn.outvars if _is_inexact(v)]
+            tangents = [False for v in eqn.outvars if is_inexact(v)]
             self._outs[(*where, "jvp")] = (*want, *tangents)
             for inner in (0, "jvp", "vjp"):
                 self._weights[(*where, inner)] = [yields(x) for x in args]
@@ -325,10 +325,6 @@ class Recast(Interpreter):
 
 
 _F32 = jnp.dtype(jnp.float32)
-
-
-def _is_inexact(v: Any) -> bool:
-    return jnp.issubdtype(v.aval.dtype, jnp.inexact)
 
 
 def _cast(x: Any, dtype: Any) -> Any:

@@ -54,7 +54,7 @@ from .memory import Memory as Memory
 from .observe import observe as observe, Observed as Observed
 from .opened import opened as opened
 from .owners import owners as owners
-from .reach import data_reaches as data_reaches
+from .reach import data_reaches as data_reaches, gradients_reach as gradients_reach
 from .resize import (
     like as like,
     make_plan as make_plan,
@@ -78,9 +78,4 @@ from .slicing import (
 from .table import notes as notes, table as table
 from .trace import Program as Program, trace as trace
 from .uses import Candidate as Candidate, find_uses as find_uses, Part as Part
-from .walk import (
-    bodies as bodies,
-    equations as equations,
-    scan_counts as scan_counts,
-    Where as Where,
-)
+from .walk import bodies as bodies, equations as equations, Where as Where

@@ -17,7 +17,6 @@ import functools
 import math
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,14 +99,12 @@ def measure(c: Config, name: str) -> dict[str, Any]:
     compiled = jax.jit(step).lower(state, jax.device_put(first, to)).compile()
     # The loss, which every step averages too, is 4 bytes.
     sent = audit(compiled, mesh).of(axes="data").sent - 2 * (devices - 1) / devices * 4
-    began = time.perf_counter()
     state = fit(
         step,
         replicate(state, mesh),
         data.prefetch(windows(), to),
         steps=c.steps,
     )
-    seconds = time.perf_counter() - began
     trained = jax.device_get(state.params)
     known = task.train[: len(task.held_back)]
     on = lambda text: nats_per_token(task.eval_fn, trained, text, c.length)
@@ -117,7 +114,6 @@ def measure(c: Config, name: str) -> dict[str, Any]:
         "loss on what it learned from": on(known),
         "sent": sent,
         "said": compression.sent(params),
-        "seconds": seconds,
     }
 
 

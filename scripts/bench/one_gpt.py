@@ -77,8 +77,8 @@ def language(c: Options) -> Language:
     return Language(params, plain, train_fn, train, held_back)
 
 
-# Adam's memory of squares. With 0.999 a network this young meets a batch that its small
-# squares do not expect, and falls back by a hundred steps.
+# Adam's memory of squares. With 0.999 and without clipping, a thousandth more or less
+# in the weights at the start made the loss after 600 steps 2.12 or 2.52.
 DECAY = 0.99
 
 
